@@ -1,0 +1,104 @@
+"""Events and the journal: the truth about a run, one JSON object a line in ``events.jsonl``.
+
+Workers, the pool and the trials emit events; the driver appends them to the journal; the live view
+and the tracker only read it. So a tracking server that is away, a slow one, and a driver that was
+resumed are the same case: the journal is replayed from where the reader got to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+EventKind = Literal[
+    "status",  # status: running | finished | failed | killed; message
+    "stage",  # name; state: started | finished; detail (what is waited for, or what came out)
+    "plan",  # num_epochs, num_steps, steps_per_epoch, rows_per_step, world_size, start_step
+    "step",  # step, epoch, samples, metrics (train/...); samples_per_s, data_wait (share of wall time, 0..1)
+    "evaluation",  # split, step, epoch, metrics (val/... or test/...), per_class {class name: accuracy}, best
+    "checkpoint",  # step, best
+    "pool",  # actor, rows, rows_per_s, busy (share of wall time, 0..1)
+    "system",  # process, rss_bytes, cpu_s
+    "warning",  # message
+    "artifact",  # path (a file of the run folder), folder (where it goes in the tracker)
+    "model",  # path of a folder with model.safetensors and model.json
+]
+
+# A full queue drops these first: the live view wants them, the record of the run does not need them.
+LIVE_ONLY: frozenset[str] = frozenset({"pool", "system"})
+
+
+@dataclass(frozen=True)
+class Event:
+    """One record of a run.
+
+    Attributes:
+        kind: one of ``EventKind``; its comment lists the keys of ``data``.
+        data: JSON-serialisable values.
+        time: seconds since the epoch.
+    """
+
+    kind: EventKind
+    data: dict[str, Any]
+    time: float = field(default_factory=time.time)
+
+    def to_json(self) -> str:
+        return json.dumps({"kind": self.kind, "time": self.time, **self.data})
+
+    @classmethod
+    def from_json(cls, line: str) -> Event:
+        values = json.loads(line)
+        return cls(values.pop("kind"), time=values.pop("time"), data=values)
+
+
+class Emitter(Protocol):
+    """Anything that takes events: the journal itself, or a queue on its way to it."""
+
+    def emit(self, event: Event) -> None: ...
+
+
+class Journal:
+    """Append-only file of events; safe to append to from several threads of one process.
+
+    Args:
+        path: the ``events.jsonl`` of a run folder; made on the first event.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        _drop_torn_line(path)
+
+    def emit(self, event: Event) -> None:
+        with self._lock, self.path.open("a", encoding="utf-8") as file:
+            file.write(event.to_json() + "\n")
+
+    def read(self, offset: int = 0) -> Iterator[tuple[Event, int]]:
+        """Complete events from byte ``offset`` on, each with the offset of what follows it."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            for line in file:
+                if not line.endswith(b"\n"):  # being written right now
+                    return
+                offset += len(line)
+                yield Event.from_json(line.decode("utf-8")), offset
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cuts off a last line without its newline, left by a driver that died while writing it."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole != len(content):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+            os.fsync(file.fileno())
