@@ -1,0 +1,45 @@
+"""Training and evaluation loops: pure torch, no knowledge of Ray or of the tracker."""
+
+from pipeline.training.context import BatchSource, Block, LocalContext, WorkerContext, check_block
+from pipeline.training.job import (
+    InProcessSource,
+    RunSpec,
+    build_job,
+    make_plan,
+    make_planner,
+    open_training,
+    teacher_arguments,
+)
+from pipeline.training.loop import TrainJob, train
+from pipeline.training.params import OptimizerParams, TrainParams
+from pipeline.training.plan import RunPlan, divisors
+from pipeline.training.state import BestRecord, TrainState, read_cursor, read_state
+from pipeline.training.validation import Evaluation, EvaluationSet, open_test
+
+__all__ = [
+    "BatchSource",
+    "BestRecord",
+    "Block",
+    "Evaluation",
+    "EvaluationSet",
+    "InProcessSource",
+    "LocalContext",
+    "OptimizerParams",
+    "RunPlan",
+    "RunSpec",
+    "TrainJob",
+    "TrainParams",
+    "TrainState",
+    "WorkerContext",
+    "build_job",
+    "check_block",
+    "divisors",
+    "make_plan",
+    "make_planner",
+    "open_test",
+    "open_training",
+    "read_cursor",
+    "read_state",
+    "teacher_arguments",
+    "train",
+]

@@ -1,0 +1,138 @@
+"""The two protocols the training loop is written against, and the one-process implementation.
+
+A worker context says who this worker is and takes what it reports; a batch source yields the
+blocks this worker must see. The loop knows neither Ray nor the tracker.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.contracts.events import Emitter, Event
+from pipeline.errors import StreamError
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of one block, in host memory.
+
+    Attributes:
+        position: number of the block in the run.
+        inputs: (batch, ...) uint8 pixels or float32 features.
+        labels: (batch,) int64.
+        sample_ids: (batch,) int64.
+        teacher_logits: (batch, num_classes) float32, where a teacher is used.
+    """
+
+    position: int
+    inputs: np.ndarray
+    labels: np.ndarray
+    sample_ids: np.ndarray
+    teacher_logits: np.ndarray | None = None
+
+
+class BatchSource(Protocol):
+    """Blocks for one worker, in order."""
+
+    def blocks(self, start: int) -> Iterator[Block]:
+        """This worker's blocks from block ``start`` of the run on: ``start + rank``, ``start + rank + world_size``, ..."""
+        ...
+
+
+class WorkerContext(Protocol):
+    """Who a worker is, and where what it produces goes."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def resume_folder(self) -> Path | None:
+        """Folder of the last committed checkpoint, or none."""
+        ...
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        """The network, made to average its gradients over the workers."""
+        ...
+
+    def sum_over_workers(self, values: Tensor) -> Tensor:
+        """Element-wise sum over the workers, in place."""
+        ...
+
+    def commit(self, folder: Path | None, metrics: dict[str, float]) -> None:
+        """Makes ``folder`` (rank 0's; none elsewhere) the last checkpoint. Every worker must call it."""
+        ...
+
+    def emit(self, event: Event) -> None:
+        """Records an event; does nothing but on rank 0."""
+        ...
+
+
+class LocalContext:
+    """One worker in the calling process; checkpoints under ``folder``/last, replaced atomically.
+
+    Args:
+        folder: where checkpoints live; it may hold one to go on from.
+        emitter: takes the events.
+        device: where to train; by default the first GPU, else the CPU.
+    """
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, folder: Path, emitter: Emitter, device: torch.device | None = None) -> None:
+        self._folder = folder
+        self._emitter = emitter
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def resume_folder(self) -> Path | None:
+        last, previous = self._folder / "last", self._folder / "previous"
+        if last.exists():
+            return last
+        # A process killed between the two renames of `commit` leaves only the previous one.
+        return previous if previous.exists() else None
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        return network
+
+    def sum_over_workers(self, values: Tensor) -> Tensor:
+        return values
+
+    def commit(self, folder: Path | None, metrics: dict[str, float]) -> None:
+        if folder is None:
+            raise ValueError("the only worker must bring the checkpoint")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        incoming, last, previous = (self._folder / name for name in ("incoming", "last", "previous"))
+        if incoming.exists():
+            shutil.rmtree(incoming)
+        shutil.copytree(folder, incoming)
+        if last.exists():
+            if previous.exists():
+                shutil.rmtree(previous)
+            last.rename(previous)
+        incoming.rename(last)
+        shutil.rmtree(previous, ignore_errors=True)
+
+    def emit(self, event: Event) -> None:
+        self._emitter.emit(event)
+
+
+def check_block(block: Block, expected_position: int, batch_size: int) -> None:
+    """One comparison that turns every silent way of losing the order into an error.
+
+    Raises:
+        StreamError: the block is not the one that this worker's position calls for.
+    """
+    if block.position != expected_position or len(block.inputs) != batch_size:
+        raise StreamError(
+            f"the stream delivered block {block.position} with {len(block.inputs)} rows where block "
+            f"{expected_position} with {batch_size} rows was due; no step was taken with it. "
+            "Resume the run; if this repeats, the data or the stream's configuration changed under it."
+        )

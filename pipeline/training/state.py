@@ -1,0 +1,130 @@
+"""Complete training state as a checkpoint folder: written whole, read with ``weights_only``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from pipeline.errors import CheckpointError
+from pipeline.models import Classifier
+
+STATE_FILE = "state.pt"
+CURSOR_FILE = "cursor.json"  # read by the stream without importing torch
+
+
+@dataclass
+class BestRecord:
+    """The checkpoint that would be kept if the run ended now."""
+
+    value: float
+    step: int
+    epoch: int
+    metrics: dict[str, float]
+    weights: dict[str, Tensor]
+
+
+@dataclass
+class TrainState:
+    """Everything a run needs to go on as if it had never stopped.
+
+    Attributes:
+        step: optimizer steps taken; the cursor into the stream is ``step * blocks_per_step``.
+        best: the best evaluated weights so far; ties go to the earlier.
+        last_metrics: of the latest evaluation.
+    """
+
+    classifier: Classifier
+    optimizer: torch.optim.Optimizer
+    ema: AveragedModel | None
+    blocks_per_step: int
+    step: int = 0
+    best: BestRecord | None = None
+    last_metrics: dict[str, float] = field(default_factory=dict)
+
+    def evaluated(self) -> nn.Module:
+        """What is evaluated and kept: the averaged weights where there are some."""
+        return self.ema.module if self.ema is not None else self.classifier
+
+    def evaluated_weights(self) -> dict[str, Tensor]:
+        """Copy on the CPU of the weights that ``evaluated`` uses, named as in the bare network."""
+        classifier = self.evaluated()
+        assert isinstance(classifier, Classifier)
+        return {name: value.detach().cpu().clone() for name, value in classifier.network.state_dict().items()}
+
+    def save(self, folder: Path) -> None:
+        """Writes the state into an empty folder; whoever commits the folder makes it atomic."""
+        best = None if self.best is None else vars(self.best)
+        torch.save(
+            {
+                "step": self.step,
+                "blocks_per_step": self.blocks_per_step,
+                "network": self.classifier.network.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "ema": None if self.ema is None else self.ema.state_dict(),
+                "best": best,
+                "last_metrics": self.last_metrics,
+            },
+            folder / STATE_FILE,
+        )
+        cursor = {"step": self.step, "cursor": self.step * self.blocks_per_step, "blocks_per_step": self.blocks_per_step}
+        (folder / CURSOR_FILE).write_text(json.dumps(cursor))
+
+    def load(self, folder: Path) -> None:
+        """Restores what ``save`` wrote.
+
+        Raises:
+            CheckpointError: the folder is damaged, or of another network or optimizer.
+        """
+        saved = read_state(folder)
+        try:
+            self.classifier.network.load_state_dict(saved["network"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            if self.ema is not None:
+                self.ema.load_state_dict(saved["ema"])
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"the checkpoint in {folder} does not fit this run's network and optimizer ({error}); "
+                "resume with the configuration it was made with, or start a new run"
+            ) from error
+        if saved["blocks_per_step"] != self.blocks_per_step:
+            raise CheckpointError(
+                f"the checkpoint in {folder} was made with {saved['blocks_per_step']} blocks per step, this run "
+                f"has {self.blocks_per_step}; set train.blocks_per_step={saved['blocks_per_step']}"
+            )
+        self.step = saved["step"]
+        self.best = None if saved["best"] is None else BestRecord(**saved["best"])
+        self.last_metrics = saved["last_metrics"]
+
+
+def build_ema(classifier: Classifier, decay: float | None) -> AveragedModel | None:
+    """Exponential moving average of weights and buffers, or none without a decay."""
+    if decay is None:
+        return None
+    return AveragedModel(classifier, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The raw content of a checkpoint folder, on the CPU."""
+    try:
+        saved: dict[str, Any] = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"the checkpoint in {folder} cannot be read ({type(error).__name__}: {error}); "
+            "delete the folder to begin again from the previous state of the run"
+        ) from error
+    return saved
+
+
+def read_cursor(folder: Path) -> dict[str, int]:
+    """Where a checkpoint's run stands: ``step``, ``cursor`` (blocks consumed), ``blocks_per_step``."""
+    try:
+        values: dict[str, int] = json.loads((folder / CURSOR_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint in {folder} has no readable {CURSOR_FILE}: {error}") from error
+    return values
