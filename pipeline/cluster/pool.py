@@ -1,0 +1,61 @@
+"""The teacher pool's actor. Torch is imported when an actor is built, not when this module is."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+from typing import Any
+
+import numpy as np
+
+from pipeline.cluster.journal import QueueEmitter
+from pipeline.contracts.columns import BLOCK, INPUT, LABEL, SAMPLE_ID, TEACHER_LOGITS, VIEW
+from pipeline.contracts.events import Event
+
+_REPORT_EVERY_S = 2.0
+KEPT_COLUMNS = (BLOCK, VIEW, SAMPLE_ID, LABEL, INPUT)
+
+
+class TeacherActor:
+    """Adds the teacher's logits to blocks; a thin shell around ``pipeline.models.Teacher``.
+
+    Args:
+        build: pickled arguments of ``Teacher``, as bytes so that the processes which only pass them
+            on need not import torch.
+        emitter: takes a record of the pool's use every two seconds.
+        num_threads: torch's CPU threads.
+        logits_only: leave the inputs out of the result.
+    """
+
+    def __init__(self, build: bytes, emitter: QueueEmitter | None, num_threads: int, logits_only: bool = False) -> None:
+        import torch
+
+        from pipeline.models import Teacher
+
+        torch.set_num_threads(num_threads)
+        self._teacher = Teacher(**pickle.loads(build))
+        self._emitter = emitter
+        self._columns = (BLOCK, SAMPLE_ID) if logits_only else KEPT_COLUMNS
+        self._name = f"{os.uname().nodename}:{os.getpid()}"
+        self._since, self._rows, self._busy_s = time.perf_counter(), 0, 0.0
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        started = time.perf_counter()
+        logits = self._teacher(batch[INPUT])
+        self._busy_s += time.perf_counter() - started
+        self._rows += len(logits)
+        self._report()
+        return {**{name: batch[name] for name in self._columns}, TEACHER_LOGITS: logits}
+
+    def _report(self) -> None:
+        elapsed = time.perf_counter() - self._since
+        if self._emitter is None or elapsed < _REPORT_EVERY_S:
+            return
+        self._emitter.emit(
+            Event(
+                "pool",
+                {"actor": self._name, "rows": self._rows, "rows_per_s": self._rows / elapsed, "busy": self._busy_s / elapsed},
+            )
+        )
+        self._since, self._rows, self._busy_s = time.perf_counter(), 0, 0.0

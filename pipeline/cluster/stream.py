@@ -1,0 +1,252 @@
+"""The stream: one Ray Dataset from the resume point to the end of the run, in exact order.
+
+    read tasks (rows in training order, still encoded)
+      -> repartition into blocks of exactly one batch (Ray Data merges and splits what tasks yield)
+      -> decode and augment, one block a task
+      -> the teacher pool
+      -> split: with order kept and equal blocks, block i goes to worker i mod world_size
+
+A run of very many blocks is a chain of segments, each a dataset of its own, because planning costs
+time and memory by the read task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource, ExecutionOptions, ExecutionResources, ReadTask
+from ray.data.block import BlockMetadata
+
+from pipeline.cluster.pool import TeacherActor
+from pipeline.contracts.columns import BLOCK, INPUT, LABEL, SAMPLE_ID, TEACHER_LOGITS
+from pipeline.data import AugmentParams, BlockPlan, BlockPlanner, Decoder, SplitReader, decode_block, read_blocks
+
+MAX_BLOCKS_PER_TASK = 8
+MIN_BLOCKS_PER_TASK = 2
+MAX_TASK_BYTES = 100 * 2**20
+TASKS_PER_SEGMENT = 5_000
+
+
+class BlockReader(Protocol):
+    """Rows of consecutive blocks, as one table with the columns of an encoded block."""
+
+    def read(self, first: int, stop: int) -> pa.Table: ...
+
+
+@dataclass(frozen=True)
+class TrainingBlocks:
+    """Blocks of the training split in the order of the run."""
+
+    reader: SplitReader
+    planner: BlockPlanner
+
+    def read(self, first: int, stop: int) -> pa.Table:
+        return read_blocks(self.reader, self.planner.blocks(first, stop))
+
+
+@dataclass(frozen=True)
+class SplitBlocks:
+    """Blocks of a split in the order of its sample ids, each row once; the last may be short."""
+
+    reader: SplitReader
+    batch_size: int
+
+    def read(self, first: int, stop: int) -> pa.Table:
+        ids = self.reader.sample_ids
+        plans = (
+            BlockPlan(index, 0, 0, ids[index * self.batch_size : (index + 1) * self.batch_size])
+            for index in range(first, stop)
+        )
+        return read_blocks(self.reader, plans)
+
+
+@dataclass(frozen=True)
+class PoolPlan:
+    """How the teacher pool runs; see ``TeacherActor`` for ``build``."""
+
+    build: bytes
+    min_size: int
+    max_size: int
+    actor_options: dict[str, Any]
+    num_threads: int
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """All that is needed to build the stream in any process, small enough to pass by value.
+
+    Attributes:
+        blocks: reference to a ``BlockReader`` in the object store, put there once.
+        batch_size: rows of a block.
+        block_bytes: size of a decoded block, for Ray Data's limits.
+        decoder, augment, seed: what the decode tasks do.
+        pool: the teacher pool; none where no teacher is needed.
+        emitter: where the pool's actors record their use.
+        max_read_tasks: reads in parallel.
+        object_store_bytes: share of the object store for the stream; none: Ray Data's default.
+        no_progress_timeout_s: how long an execution may stand still before it is an error.
+    """
+
+    blocks: ray.ObjectRef
+    batch_size: int
+    block_bytes: int
+    decoder: Decoder
+    augment: AugmentParams
+    seed: int
+    pool: PoolPlan | None
+    emitter: Any = None
+    max_read_tasks: int = 2
+    object_store_bytes: int | None = None
+    no_progress_timeout_s: float = 1_800.0
+    logits_only: bool = False
+    num_rows: int | None = None  # where the last block may be short
+
+    @property
+    def blocks_per_task(self) -> int:
+        """2 to 8 blocks, up to 100 MB: longer runs read far ahead and spill."""
+        return max(MIN_BLOCKS_PER_TASK, min(MAX_BLOCKS_PER_TASK, MAX_TASK_BYTES // max(self.block_bytes, 1)))
+
+    @property
+    def blocks_per_segment(self) -> int:
+        return self.blocks_per_task * TASKS_PER_SEGMENT
+
+
+class _BlockSource(Datasource):
+    """Read tasks over ``[first, stop)`` blocks; a task captures two numbers, not the permutation."""
+
+    def __init__(self, plan: StreamPlan, first: int, stop: int) -> None:
+        super().__init__()
+        self._plan, self._first, self._stop = plan, first, stop
+
+    def get_name(self) -> str:
+        return "TrainingBlocks"
+
+    def estimate_inmemory_data_size(self) -> int:
+        return (self._stop - self._first) * self._plan.block_bytes
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
+    ) -> list[ReadTask]:
+        plan, step = self._plan, self._plan.blocks_per_task
+        tasks = []
+        for first in range(self._first, self._stop, step):
+            stop = min(first + step, self._stop)
+            rows = (stop - first) * plan.batch_size
+            metadata = BlockMetadata(num_rows=rows, size_bytes=(stop - first) * plan.block_bytes, input_files=None, exec_stats=None)
+            tasks.append(ReadTask(partial(_read_task, plan.blocks, first, stop), metadata))
+        return tasks
+
+
+def _read_task(blocks: ray.ObjectRef, first: int, stop: int) -> Iterable[pa.Table]:
+    reader: BlockReader = ray.get(blocks)
+    yield reader.read(first, stop)
+
+
+def _decode_task(table: pa.Table, decoder: Decoder, augment: AugmentParams, seed: int) -> dict[str, np.ndarray]:
+    return decode_block(table, decoder, augment, seed)
+
+
+def build_stream(plan: StreamPlan, first: int, stop: int) -> Dataset:
+    """The dataset of blocks ``first`` to ``stop`` (exclusive) of the run; nothing runs yet."""
+    num_tasks = -(-(stop - first) // plan.blocks_per_task)
+    context = DataContext.get_current()
+    configure_context(context, plan)
+    dataset = ray.data.read_datasource(
+        _BlockSource(plan, first, stop), override_num_blocks=max(num_tasks, 1), concurrency=plan.max_read_tasks
+    )
+    dataset = dataset.repartition(target_num_rows_per_block=plan.batch_size, strict=True)
+    dataset = dataset.map_batches(
+        _decode_task,
+        fn_kwargs={"decoder": plan.decoder, "augment": plan.augment, "seed": plan.seed},
+        batch_size=None,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+    )
+    if plan.pool is not None:
+        pool = plan.pool
+        dataset = dataset.map_batches(
+            TeacherActor,
+            fn_constructor_args=(pool.build, plan.emitter, pool.num_threads, plan.logits_only),
+            batch_size=None,
+            batch_format="numpy",
+            zero_copy_batch=True,
+            compute=ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size),
+            **pool.actor_options,
+        )
+    return dataset
+
+
+def configure_context(context: DataContext, plan: StreamPlan) -> None:
+    """Sets what the order and the safety of the stream depend on."""
+    # Ray Data cuts blocks of 1.5 times this size, which would mix their rows.
+    context.target_max_block_size = max(2 * plan.block_bytes + 1, 128 * 2**20)
+    context.max_errored_blocks = 0  # anything else loses batches without a word
+    context.execution_no_progress_timeout_s = plan.no_progress_timeout_s
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options = execution_options(plan)
+
+
+def execution_options(plan: StreamPlan) -> ExecutionOptions:
+    """Order is kept; the object store's share is capped where the plan says so."""
+    limits = ExecutionResources.for_limits(object_store_memory=plan.object_store_bytes)
+    return ExecutionOptions(preserve_order=True, resource_limits=limits, verbose_progress=False)
+
+
+def segments(plan: StreamPlan, first: int, stop: int) -> list[tuple[int, int]]:
+    """The chain of segments that covers blocks ``first`` to ``stop``; at least one, which may be empty."""
+    size = plan.blocks_per_segment
+    return [(begin, min(begin + size, stop)) for begin in range(first, stop, size)] or [(first, first)]
+
+
+def iterate_stream(shards: Iterable[ray.data.DataIterator], with_teacher: bool) -> Iterator[dict[str, Any]]:
+    """Blocks of consecutive segments as keyword arguments of ``pipeline.training.Block``.
+
+    The arrays are views of the object store, so nothing is copied here.
+    """
+    for shard in shards:
+        for batch in shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):
+            positions = np.unique(batch[BLOCK])
+            yield {
+                # A block mixed from several has no position of its own; the check downstream says so.
+                "position": int(positions[0]) if len(positions) == 1 else -1,
+                "inputs": batch[INPUT],
+                "labels": batch[LABEL],
+                "sample_ids": batch[SAMPLE_ID],
+                "teacher_logits": batch[TEACHER_LOGITS] if with_teacher else None,
+            }
+
+
+def chain_streams(plan: StreamPlan, read_cursor: Callable[[], int], first: int, stop: int) -> dict[str, Callable[[], Dataset]]:
+    """Dataset builders for Ray Train, one a segment, named in their order.
+
+    Ray calls each without arguments whenever the workers (re)start; ``read_cursor`` then tells where
+    the last committed checkpoint stands, so a later start has fewer or shorter segments.
+
+    Args:
+        first: the cursor now; it only fixes how many segments there can be.
+        stop: end of the run in blocks.
+    """
+
+    def build(index: int) -> Dataset:
+        chain = segments(plan, read_cursor(), stop)
+        begin, end = chain[index] if index < len(chain) else (stop, stop)
+        return build_stream(plan, begin, end)
+
+    return {segment_name(index): partial(build, index) for index in range(len(segments(plan, first, stop)))}
+
+
+def segment_name(index: int) -> str:
+    return f"train-{index:04d}"
+
+
+def whole_split(plan: StreamPlan, num_rows: int) -> StreamPlan:
+    """The same stream over a split in the order of its ids, without augmentation, for logits alone."""
+    return replace(plan, augment=AugmentParams(), logits_only=True, num_rows=num_rows)

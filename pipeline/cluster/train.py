@@ -1,0 +1,265 @@
+"""Training on the stream: by Ray Train workers, or in the driver's own process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+
+from pipeline import errors
+from pipeline.cluster.stream import (
+    StreamPlan,
+    build_stream,
+    chain_streams,
+    configure_context,
+    execution_options,
+    iterate_stream,
+    segment_name,
+    segments,
+)
+from pipeline.contracts.events import Emitter, Event
+from pipeline.errors import PipelineError, TrainingError
+
+RAY_NAME = "train"
+_FATAL_FILE = "fatal.json"
+
+
+@dataclass(frozen=True)
+class FitPlan:
+    """What ``fit`` needs beside the stream.
+
+    Attributes:
+        spec: ``pipeline.training.RunSpec``.
+        storage: folder every node sees; Ray Train keeps its state and checkpoints in it.
+        num_blocks: end of the run in blocks.
+        worker_resources: of each worker, Ray's names.
+        num_threads: torch's CPU threads in a worker.
+    """
+
+    spec: Any
+    storage: Path
+    num_blocks: int
+    num_workers: int
+    worker_resources: dict[str, float]
+    num_threads: int
+    max_failures: int
+    with_teacher: bool
+
+
+def fit(plan: FitPlan, stream: StreamPlan, emitter: Emitter) -> Path:
+    """Trains with Ray Train, going on from the last committed checkpoint in ``plan.storage``.
+
+    Returns:
+        folder of the last committed checkpoint.
+
+    Raises:
+        PipelineError: what a worker or teacher found; ``TrainingError`` for anything else.
+    """
+    from ray.train.torch import TorchTrainer
+
+    plan.storage.mkdir(parents=True, exist_ok=True)
+    fatal = plan.storage / _FATAL_FILE
+    fatal.unlink(missing_ok=True)
+    configure_context(ray.data.DataContext.get_current(), stream)
+    read_cursor = partial(committed_cursor, str(plan.storage))
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"plan": plan, "stream_shape": _StreamShape(stream.blocks_per_segment), "emitter": emitter},
+        scaling_config=ScalingConfig(
+            num_workers=plan.num_workers,
+            use_gpu=plan.worker_resources.get("GPU", 0) > 0,
+            resources_per_worker=plan.worker_resources,
+        ),
+        run_config=RunConfig(
+            name=RAY_NAME,
+            storage_path=str(plan.storage),
+            failure_config=FailureConfig(max_failures=plan.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+        ),
+        datasets=chain_streams(stream, partial(_cursor_unless_fatal, read_cursor, str(fatal)), read_cursor(), plan.num_blocks),
+        dataset_config=DataConfig(execution_options=execution_options(stream)),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:
+        raise _explain(error, fatal) from error
+    folder = committed_folder(str(plan.storage))
+    if folder is None:
+        raise TrainingError(f"training ended without a checkpoint in {plan.storage}; see ray.log in the run folder")
+    return folder
+
+
+def committed_folder(storage: str) -> Path | None:
+    """The checkpoint that Ray Train restores, never merely the newest folder; none before the first."""
+    try:
+        checkpoint = ray.train.Result.from_path(f"{storage}/{RAY_NAME}").checkpoint
+    except RuntimeError:
+        return None
+    return None if checkpoint is None else Path(checkpoint.path)
+
+
+def committed_cursor(storage: str) -> int:
+    """Blocks consumed at the last committed checkpoint."""
+    folder = committed_folder(storage)
+    if folder is None:
+        return 0
+    # Written by pipeline.training.state, which imports torch; this runs where torch is not wanted.
+    cursor: int = json.loads((folder / "cursor.json").read_text())["cursor"]
+    return cursor
+
+
+def _cursor_unless_fatal(read_cursor: Any, fatal: str) -> int:
+    """Ends a run whose failure would only repeat: Ray does not retry an error of the controller."""
+    if Path(fatal).exists():
+        raise TrainingError("a worker met an error that a restart would only repeat")
+    cursor: int = read_cursor()
+    return cursor
+
+
+@dataclass(frozen=True)
+class _StreamShape:
+    """The part of a stream plan that says how it is cut into segments."""
+
+    blocks_per_segment: int
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """Ray Train's per-worker function."""
+    import torch
+
+    from pipeline.training import build_job, train
+
+    plan: FitPlan = config["plan"]
+    torch.set_num_threads(plan.num_threads)
+    try:
+        context = RayWorkerContext(config["emitter"])
+        source = plan.spec.data.open()
+        shards = ShardSource(plan, config["stream_shape"])
+        train(build_job(plan.spec, source), context, shards)
+    except Exception as error:
+        _record_fatal(error, plan.storage / _FATAL_FILE)
+        raise
+
+
+class ShardSource:
+    """This worker's share of the stream, segment after segment."""
+
+    def __init__(self, plan: FitPlan, shape: Any) -> None:
+        self._plan, self._shape = plan, shape
+
+    def blocks(self, start: int) -> Iterator[Any]:
+        from pipeline.training import Block
+
+        count = len(segments(self._shape, start, self._plan.num_blocks))
+        shards = (ray.train.get_dataset_shard(segment_name(index)) for index in range(count))
+        for block in iterate_stream(shards, self._plan.with_teacher):
+            yield Block(**block)
+
+
+class DriverSource:
+    """The whole stream, for a student that is trained in the driver's process."""
+
+    def __init__(self, stream: StreamPlan, num_blocks: int, with_teacher: bool) -> None:
+        self._stream, self._num_blocks, self._with_teacher = stream, num_blocks, with_teacher
+
+    def blocks(self, start: int) -> Iterator[Any]:
+        from pipeline.training import Block
+
+        # A coordinator process of its own runs the execution, so that it does not share this one's lock.
+        shards = (
+            build_stream(self._stream, begin, end).streaming_split(1, equal=True)[0]
+            for begin, end in segments(self._stream, start, self._num_blocks)
+        )
+        for block in iterate_stream(shards, self._with_teacher):
+            yield Block(**block)
+
+
+class RayWorkerContext:
+    """A Ray Train worker; see ``pipeline.training.WorkerContext``."""
+
+    def __init__(self, emitter: Emitter) -> None:
+        import ray.train.torch
+
+        train_context = ray.train.get_context()
+        self.rank = train_context.get_world_rank()
+        self.world_size = train_context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        self._emitter = emitter
+
+    def resume_folder(self) -> Path | None:
+        checkpoint = ray.train.get_checkpoint()
+        return None if checkpoint is None else Path(checkpoint.to_directory(tempfile.mkdtemp(prefix="resume-")))
+
+    def wrap(self, network: Any) -> Any:
+        if self.world_size == 1:
+            return network
+        from torch.nn.parallel import DistributedDataParallel
+
+        devices = [self.device] if self.device.type == "cuda" else None
+        # Each worker's blocks are BatchNorm's groups; its statistics are averaged before they are used.
+        return DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
+
+    def sum_over_workers(self, values: Any) -> Any:
+        if self.world_size > 1:
+            import torch.distributed
+
+            torch.distributed.all_reduce(values)
+        return values
+
+    def commit(self, folder: Path | None, metrics: dict[str, float]) -> None:
+        checkpoint = None if folder is None else Checkpoint.from_directory(folder)
+        ray.train.report(metrics, checkpoint=checkpoint)
+
+    def emit(self, event: Event) -> None:
+        if self.rank == 0:
+            self._emitter.emit(event)
+
+
+def _record_fatal(error: BaseException, path: Path) -> None:
+    """Keeps an error that a restart would only repeat, for the driver and for the next start."""
+    found = _find_pipeline_error(error)
+    if found is None or isinstance(found, errors.StreamError):
+        return
+    content = json.dumps({"type": type(found).__name__, "message": found.message, "details": found.details}, default=str)
+    with contextlib.suppress(OSError):
+        part = path.with_suffix(f".{os.getpid()}.part")
+        part.write_text(content)
+        os.replace(part, path)
+
+
+def _find_pipeline_error(error: BaseException | None) -> PipelineError | None:
+    """Our own error inside what Ray wrapped around it."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, PipelineError):
+            return error
+        for failure in getattr(error, "worker_failures", {}).values():
+            if (found := _find_pipeline_error(failure)) is not None:
+                return found
+        inner = getattr(error, "cause", None) or getattr(error, "controller_failure", None)
+        error = inner if isinstance(inner, BaseException) else (error.__cause__ or error.__context__)
+    return None
+
+
+def _explain(error: Exception, fatal: Path) -> PipelineError:
+    """The error to show for a failed fit."""
+    if fatal.exists():
+        record = json.loads(fatal.read_text())
+        cls = getattr(errors, record["type"], TrainingError)
+        return cls(record["message"], **record["details"])  # type: ignore[no-any-return]
+    if (found := _find_pipeline_error(error)) is not None:
+        return found
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    reason = lines[-1].strip() if lines else type(error).__name__
+    return TrainingError(f"training failed: {reason}; see ray.log in the run folder, then resume the run")
