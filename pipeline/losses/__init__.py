@@ -1,0 +1,8 @@
+"""Losses: plain functions of tensors, and parameter models that combine them into objectives.
+
+A loss is one module here: its function, and a parameter model registered under its ``name``.
+"""
+
+from pipeline.losses.objective import LOSSES, LossParams, Objective, Signals, TeacherNeed, Term
+
+__all__ = ["LOSSES", "LossParams", "Objective", "Signals", "TeacherNeed", "Term"]

@@ -1,0 +1,131 @@
+"""A network together with the normalisation of its input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.contracts.columns import InputSpec
+from pipeline.errors import ConfigError, ModelError, PipelineError
+from pipeline.models.params import ModelParams
+
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+class Classifier(nn.Module):
+    """Raw input to logits: scales and normalises on the device, then runs the network.
+
+    Weights are saved and loaded as ``network``'s own; mean and std belong to the parameters.
+
+    Args:
+        network: normalised float input to logits (B, C).
+        spec: what the raw input looks like.
+        normalisation: mean and std, one value per channel or feature; none: the input as it is.
+    """
+
+    mean: Tensor | None
+    std: Tensor | None
+
+    def __init__(self, network: nn.Module, spec: InputSpec, normalisation: Normalisation | None) -> None:
+        super().__init__()
+        self.network = network
+        self.spec = spec
+        shape = (-1, 1, 1) if spec.kind == "image" else (-1,)
+        mean, std = (torch.tensor(values).view(shape) for values in normalisation) if normalisation else (None, None)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits (B, C) of uint8 pixels (B, channels, height, width) or of float32 features (B, F)."""
+        if self.spec.kind == "image":
+            if inputs.dtype != torch.uint8:
+                raise ModelError(
+                    f"the classifier got {inputs.dtype} pixels but takes uint8 in 0..255: pass them unscaled."
+                )
+            inputs = inputs.float() / 255
+        if self.mean is not None and self.std is not None:
+            inputs = (inputs - self.mean) / self.std
+        logits: Tensor = self.network(inputs)
+        return logits
+
+
+def resolve_normalisation(params: ModelParams, spec: InputSpec) -> Normalisation | None:
+    """Mean and std with the defaults filled in; none for features without either.
+
+    Raises:
+        ConfigError: not one value per channel (or feature).
+    """
+    count = spec.shape[0]
+    mean, std = params.mean, params.std
+    if spec.kind == "image":
+        imagenet = count == len(_IMAGENET_MEAN)
+        mean = mean or (_IMAGENET_MEAN if imagenet else (0.5,) * count)
+        std = std or (_IMAGENET_STD if imagenet else (0.5,) * count)
+    elif mean or std:
+        mean = mean or (0.0,) * count
+        std = std or (1.0,) * count
+    else:
+        return None
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != count:
+            what = "channels" if spec.kind == "image" else "features"
+            raise ConfigError(
+                f"{name} of {params.name!r} has {len(values)} values but the data has {count} {what}: "
+                f"give {name} one value for each, or leave it out."
+            )
+    return mean, std
+
+
+def build_classifier(params: ModelParams, spec: InputSpec) -> Classifier:
+    """Builds the network with fresh weights and tries it on two rows.
+
+    Raises:
+        ConfigError: mean or std have the wrong length.
+        ModelError: the network cannot be built or run, or does not return logits (2, num_classes).
+    """
+    normalisation = resolve_normalisation(params, spec)
+    size = "x".join(map(str, spec.shape))
+    what = f"model {params.name!r} for {spec.kind} input of size {size} and {spec.num_classes} classes"
+    try:
+        network = params.build_network(spec)
+    except PipelineError:
+        raise
+    except Exception as error:  # whatever a network's constructor raises
+        raise ModelError(f"{what} cannot be built: {describe_error(error)}; check the model's parameters.") from error
+    if not isinstance(network, nn.Module):
+        raise ModelError(
+            f"{what} is a {type(network).__name__}, expected a torch.nn.Module: return the network itself."
+        )
+    classifier = Classifier(network, spec, normalisation)
+    _check_output(classifier, what)
+    return classifier
+
+
+def _check_output(classifier: Classifier, what: str) -> None:
+    spec = classifier.spec
+    rows = torch.zeros((2, *spec.shape), dtype=torch.uint8 if spec.kind == "image" else torch.float32)
+    classifier.eval()
+    try:
+        with torch.no_grad():
+            logits = classifier(rows)
+    except Exception as error:  # whatever a network's forward raises
+        raise ModelError(
+            f"{what} fails on a batch of two rows: {describe_error(error)}; choose a model that takes this input."
+        ) from error
+    classifier.train()
+    if not isinstance(logits, Tensor):
+        raise ModelError(f"{what} returns a {type(logits).__name__}, expected the logits alone: return one tensor.")
+    if logits.shape != (2, spec.num_classes):
+        raise ModelError(
+            f"{what} returns shape {tuple(logits.shape)} for a batch of two rows, expected (2, {spec.num_classes}): "
+            "build it with one output per class."
+        )
+
+
+def describe_error(error: Exception) -> str:
+    """The error's type and the first line of its message."""
+    first_line = next(iter(str(error).splitlines()), "").rstrip(". ")
+    return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
