@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
+from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 
 from pipeline.contracts.events import LIVE_ONLY, Emitter, Event
 
@@ -52,7 +52,7 @@ class EventQueue:
 class QueueEmitter:
     """Sends events to the queue actor without waiting; picklable."""
 
-    def __init__(self, queue: ActorHandle) -> None:
+    def __init__(self, queue: Any) -> None:
         self._queue = queue
 
     def emit(self, event: Event) -> None:
@@ -70,7 +70,7 @@ class QueueDrain:
     def __init__(self, journal: Emitter, interval_s: float = 0.5) -> None:
         self._journal = journal
         self._interval_s = interval_s
-        self._queue = ray.remote(num_cpus=0, max_restarts=0)(EventQueue).remote()
+        self._queue: Any = ray.remote(num_cpus=0, max_restarts=0)(EventQueue).remote()
         self.emitter = QueueEmitter(self._queue)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="event-drain", daemon=True)

@@ -55,7 +55,12 @@ class TeacherActor:
         self._emitter.emit(
             Event(
                 "pool",
-                {"actor": self._name, "rows": self._rows, "rows_per_s": self._rows / elapsed, "busy": self._busy_s / elapsed},
+                {
+                    "actor": self._name,
+                    "rows": self._rows,
+                    "rows_per_s": self._rows / elapsed,
+                    "busy": self._busy_s / elapsed,
+                },
             )
         )
         self._since, self._rows, self._busy_s = time.perf_counter(), 0, 0.0

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
@@ -83,10 +84,13 @@ def check_demand(demands: list[Demand], resuming: bool = False) -> None:
         if amount <= have or (resuming and have == 0.0 and name not in ("CPU", "GPU", "memory")):
             continue
         users = [demand for demand in demands if demand.bundle.get(name)]
-        parts = " + ".join(f"{demand.count} {demand.who}{'s' * (demand.count > 1)} x {demand.bundle[name]:g}" for demand in users)
+        parts = " + ".join(
+            f"{demand.count} {demand.who}{'s' * (demand.count > 1)} x {demand.bundle[name]:g}" for demand in users
+        )
         knobs = " or ".join(dict.fromkeys(demand.knob for demand in users))
         raise ResourceError(
-            f"this run needs {amount:g} {name} ({parts}) but the cluster has {have:g}; lower {knobs}, or use a larger cluster",
+            f"this run needs {amount:g} {name} ({parts}) but the cluster has {have:g}; "
+            f"lower {knobs}, or use a larger cluster",
             resource=name,
             needed=amount,
             available=have,
@@ -96,8 +100,8 @@ def check_demand(demands: list[Demand], resuming: bool = False) -> None:
         fits = any(all(node.get(name, 0.0) >= amount for name, amount in demand.bundle.items()) for node in nodes)
         if not fits and not resuming and not _autoscales():
             raise ResourceError(
-                f"one {demand.who} needs {show_resources(demand.bundle)} on one node, but no node of the cluster has that; "
-                f"lower {demand.knob} or its resources"
+                f"one {demand.who} needs {show_resources(demand.bundle)} on one node, but no node of the cluster "
+                f"has that; lower {demand.knob} or its resources"
             )
 
 
@@ -125,7 +129,9 @@ class _Admission:
 
 
 @contextmanager
-def admitted(demands: list[Demand], run_name: str, wait_s: float, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+def admitted(
+    demands: list[Demand], run_name: str, wait_s: float, say: Callable[[str], None]
+) -> Iterator[Callable[[], None]]:
     """Waits until everything fits at once, and keeps other runs from being placed meanwhile.
 
     Ray Train makes its own placement group and Ray Data its own actors, so the resources cannot be
@@ -152,17 +158,17 @@ def admitted(demands: list[Demand], run_name: str, wait_s: float, say: Callable[
         release()
 
 
-def _take_turn(run_name: str, deadline: float, wait_s: float, say: Callable[[str], None]) -> ray.actor.ActorHandle:
+def _take_turn(run_name: str, deadline: float, wait_s: float, say: Callable[[str], None]) -> Any:
     told = False
     while True:
         try:
-            turn = ray.remote(num_cpus=0)(_Admission).options(name=ADMISSION, namespace=ADMISSION).remote(run_name)
+            turn: Any = ray.remote(num_cpus=0)(_Admission).options(name=ADMISSION, namespace=ADMISSION).remote(run_name)
             ray.get(turn.holder.remote(), timeout=60)
             return turn
         except ValueError:
             if time.monotonic() > deadline:
                 raise ResourceError(
-                    f"another run was being placed on this cluster for the whole of cluster.wait_s={wait_s:g}; try again"
+                    f"another run was being placed on this cluster for all of cluster.wait_s={wait_s:g}; try again"
                 ) from None
             if not told:
                 say("waiting for another run to be placed on this cluster")
@@ -183,9 +189,10 @@ def _wait_for_room(demands: list[Demand], deadline: float, wait_s: float, say: C
             )
             if not group.wait(max(deadline - time.monotonic(), 0.1)):
                 free = ray.available_resources()
+                had = show_resources({name: free.get(name, 0.0) for name in needs})
                 raise ResourceError(
                     f"this run needs {show_resources(needs)} free at once, but after cluster.wait_s={wait_s:g} only "
-                    f"{show_resources({name: free.get(name, 0.0) for name in needs})} was; end other work or raise cluster.wait_s"
+                    f"{had} was; end other work or raise cluster.wait_s"
                 )
     finally:
         remove_placement_group(group)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +29,9 @@ _ENVIRONMENT = {
 
 
 @contextmanager
-def ray_session(address: str | None, demands: list[Demand], object_store_bytes: int | None, log_file: Path) -> Iterator[bool]:
+def ray_session(
+    address: str | None, demands: list[Demand], object_store_bytes: int | None, log_file: Path
+) -> Iterator[bool]:
     """Connects for the time of the block; yields whether this call started the cluster.
 
     Args:
@@ -49,7 +50,7 @@ def ray_session(address: str | None, demands: list[Demand], object_store_bytes: 
         yield False
         return
     handler = _log_to(log_file)
-    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False, "configure_logging": False}
+    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True, "configure_logging": False}
     started = _connect(ray, address, options) if address != "local" else False
     if not started:
         cpus = max(math.ceil(total_demand(demands, at_most=True).get("CPU", 0.0)), os.cpu_count() or 1)
@@ -83,16 +84,26 @@ def _connect(ray: Any, address: str | None, options: dict[str, Any]) -> bool:
 
 
 def _log_to(path: Path) -> logging.Handler:
-    """Sends what Ray logs in this process to ``path`` instead of the terminal."""
+    """Sends to ``path`` what Ray would put on the terminal: its logs here, and its processes' output."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    import ray  # noqa: F401  its loggers are configured on import, so ours come after
+    # Importing them configures their loggers, so that comes before ours.
+    import ray._private.worker
+    import ray.data
+    import ray.train
 
     for name in _LOGGERS:
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.propagate = False
-    if "ray.data" in sys.modules:
-        logging.getLogger("ray.data").handlers = [handler]
+
+    def write_lines(data: dict[str, Any], ignore_prefix: bool = False) -> None:
+        who = data.get("actor_name") or data.get("task_name") or ""
+        for line in data["lines"]:
+            record = logging.LogRecord("ray.process", logging.INFO, "", 0, f"{who}({data['pid']}) {line}", None, None)
+            handler.handle(record)
+
+    # Ray prints what its processes write past Python's logging; this function is where all of it passes.
+    ray._private.worker.print_to_stdstream = write_lines
     return handler

@@ -94,7 +94,7 @@ class StreamPlan:
         no_progress_timeout_s: how long an execution may stand still before it is an error.
     """
 
-    blocks: ray.ObjectRef
+    blocks: ray.ObjectRef[Any]
     batch_size: int
     block_bytes: int
     decoder: Decoder
@@ -118,6 +118,11 @@ class StreamPlan:
         return self.blocks_per_task * TASKS_PER_SEGMENT
 
 
+def share(blocks: BlockReader) -> ray.ObjectRef[Any]:
+    """Puts a reader, with the table it may hold, into the object store: one copy a node, read in place."""
+    return ray.put(blocks)
+
+
 class _BlockSource(Datasource):
     """Read tasks over ``[first, stop)`` blocks; a task captures two numbers, not the permutation."""
 
@@ -139,12 +144,14 @@ class _BlockSource(Datasource):
         for first in range(self._first, self._stop, step):
             stop = min(first + step, self._stop)
             rows = (stop - first) * plan.batch_size
-            metadata = BlockMetadata(num_rows=rows, size_bytes=(stop - first) * plan.block_bytes, input_files=None, exec_stats=None)
+            metadata = BlockMetadata(
+                num_rows=rows, size_bytes=(stop - first) * plan.block_bytes, input_files=None, exec_stats=None
+            )
             tasks.append(ReadTask(partial(_read_task, plan.blocks, first, stop), metadata))
         return tasks
 
 
-def _read_task(blocks: ray.ObjectRef, first: int, stop: int) -> Iterable[pa.Table]:
+def _read_task(blocks: ray.ObjectRef[Any], first: int, stop: int) -> Iterable[pa.Table]:
     reader: BlockReader = ray.get(blocks)
     yield reader.read(first, stop)
 
@@ -200,9 +207,8 @@ def execution_options(plan: StreamPlan) -> ExecutionOptions:
     return ExecutionOptions(preserve_order=True, resource_limits=limits, verbose_progress=False)
 
 
-def segments(plan: StreamPlan, first: int, stop: int) -> list[tuple[int, int]]:
-    """The chain of segments that covers blocks ``first`` to ``stop``; at least one, which may be empty."""
-    size = plan.blocks_per_segment
+def segments(size: int, first: int, stop: int) -> list[tuple[int, int]]:
+    """The chain of segments of ``size`` blocks that covers ``first`` to ``stop``; at least one, which may be empty."""
     return [(begin, min(begin + size, stop)) for begin in range(first, stop, size)] or [(first, first)]
 
 
@@ -212,7 +218,11 @@ def iterate_stream(shards: Iterable[ray.data.DataIterator], with_teacher: bool) 
     The arrays are views of the object store, so nothing is copied here.
     """
     for shard in shards:
-        for batch in shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):
+        for batch in shard.iter_batches(
+            batch_size=None,  # type: ignore[arg-type]
+            batch_format="numpy",
+            prefetch_batches=2,
+        ):
             positions = np.unique(batch[BLOCK])
             yield {
                 # A block mixed from several has no position of its own; the check downstream says so.
@@ -224,7 +234,9 @@ def iterate_stream(shards: Iterable[ray.data.DataIterator], with_teacher: bool) 
             }
 
 
-def chain_streams(plan: StreamPlan, read_cursor: Callable[[], int], first: int, stop: int) -> dict[str, Callable[[], Dataset]]:
+def chain_streams(
+    plan: StreamPlan, read_cursor: Callable[[], int], first: int, stop: int
+) -> dict[str, Dataset | Callable[[], Dataset]]:
     """Dataset builders for Ray Train, one a segment, named in their order.
 
     Ray calls each without arguments whenever the workers (re)start; ``read_cursor`` then tells where
@@ -236,11 +248,11 @@ def chain_streams(plan: StreamPlan, read_cursor: Callable[[], int], first: int, 
     """
 
     def build(index: int) -> Dataset:
-        chain = segments(plan, read_cursor(), stop)
+        chain = segments(plan.blocks_per_segment, read_cursor(), stop)
         begin, end = chain[index] if index < len(chain) else (stop, stop)
         return build_stream(plan, begin, end)
 
-    return {segment_name(index): partial(build, index) for index in range(len(segments(plan, first, stop)))}
+    return {segment_name(index): partial(build, index) for index in range(len(segments(plan.blocks_per_segment, first, stop)))}
 
 
 def segment_name(index: int) -> str:

@@ -74,7 +74,7 @@ def fit(plan: FitPlan, stream: StreamPlan, emitter: Emitter) -> Path:
     read_cursor = partial(committed_cursor, str(plan.storage))
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"plan": plan, "stream_shape": _StreamShape(stream.blocks_per_segment), "emitter": emitter},
+        train_loop_config={"plan": plan, "blocks_per_segment": stream.blocks_per_segment, "emitter": emitter},
         scaling_config=ScalingConfig(
             num_workers=plan.num_workers,
             use_gpu=plan.worker_resources.get("GPU", 0) > 0,
@@ -86,7 +86,9 @@ def fit(plan: FitPlan, stream: StreamPlan, emitter: Emitter) -> Path:
             failure_config=FailureConfig(max_failures=plan.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
-        datasets=chain_streams(stream, partial(_cursor_unless_fatal, read_cursor, str(fatal)), read_cursor(), plan.num_blocks),
+        datasets=chain_streams(
+            stream, partial(_cursor_unless_fatal, read_cursor, str(fatal)), read_cursor(), plan.num_blocks
+        ),
         dataset_config=DataConfig(execution_options=execution_options(stream)),
     )
     try:
@@ -126,13 +128,6 @@ def _cursor_unless_fatal(read_cursor: Any, fatal: str) -> int:
     return cursor
 
 
-@dataclass(frozen=True)
-class _StreamShape:
-    """The part of a stream plan that says how it is cut into segments."""
-
-    blocks_per_segment: int
-
-
 def _worker(config: dict[str, Any]) -> None:
     """Ray Train's per-worker function."""
     import torch
@@ -144,7 +139,7 @@ def _worker(config: dict[str, Any]) -> None:
     try:
         context = RayWorkerContext(config["emitter"])
         source = plan.spec.data.open()
-        shards = ShardSource(plan, config["stream_shape"])
+        shards = ShardSource(config["blocks_per_segment"], plan.num_blocks, plan.with_teacher)
         train(build_job(plan.spec, source), context, shards)
     except Exception as error:
         _record_fatal(error, plan.storage / _FATAL_FILE)
@@ -154,15 +149,15 @@ def _worker(config: dict[str, Any]) -> None:
 class ShardSource:
     """This worker's share of the stream, segment after segment."""
 
-    def __init__(self, plan: FitPlan, shape: Any) -> None:
-        self._plan, self._shape = plan, shape
+    def __init__(self, blocks_per_segment: int, num_blocks: int, with_teacher: bool) -> None:
+        self._size, self._num_blocks, self._with_teacher = blocks_per_segment, num_blocks, with_teacher
 
     def blocks(self, start: int) -> Iterator[Any]:
         from pipeline.training import Block
 
-        count = len(segments(self._shape, start, self._plan.num_blocks))
+        count = len(segments(self._size, start, self._num_blocks))
         shards = (ray.train.get_dataset_shard(segment_name(index)) for index in range(count))
-        for block in iterate_stream(shards, self._plan.with_teacher):
+        for block in iterate_stream(shards, self._with_teacher):
             yield Block(**block)
 
 
@@ -178,7 +173,7 @@ class DriverSource:
         # A coordinator process of its own runs the execution, so that it does not share this one's lock.
         shards = (
             build_stream(self._stream, begin, end).streaming_split(1, equal=True)[0]
-            for begin, end in segments(self._stream, start, self._num_blocks)
+            for begin, end in segments(self._stream.blocks_per_segment, start, self._num_blocks)
         )
         for block in iterate_stream(shards, self._with_teacher):
             yield Block(**block)
@@ -230,7 +225,9 @@ def _record_fatal(error: BaseException, path: Path) -> None:
     found = _find_pipeline_error(error)
     if found is None or isinstance(found, errors.StreamError):
         return
-    content = json.dumps({"type": type(found).__name__, "message": found.message, "details": found.details}, default=str)
+    content = json.dumps(
+        {"type": type(found).__name__, "message": found.message, "details": found.details}, default=str
+    )
     with contextlib.suppress(OSError):
         part = path.with_suffix(f".{os.getpid()}.part")
         part.write_text(content)
@@ -257,7 +254,7 @@ def _explain(error: Exception, fatal: Path) -> PipelineError:
     if fatal.exists():
         record = json.loads(fatal.read_text())
         cls = getattr(errors, record["type"], TrainingError)
-        return cls(record["message"], **record["details"])  # type: ignore[no-any-return]
+        return cls(record["message"], **record["details"])
     if (found := _find_pipeline_error(error)) is not None:
         return found
     lines = [line for line in str(error).strip().splitlines() if line.strip()]

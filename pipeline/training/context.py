@@ -43,7 +43,7 @@ class BatchSource(Protocol):
     """Blocks for one worker, in order."""
 
     def blocks(self, start: int) -> Iterator[Block]:
-        """This worker's blocks from block ``start`` of the run on: ``start + rank``, ``start + rank + world_size``, ..."""
+        """This worker's blocks: ``start + rank``, ``start + rank + world_size``, ... to the end of the run."""
         ...
 
 
@@ -75,7 +75,20 @@ class WorkerContext(Protocol):
         ...
 
 
-class LocalContext:
+class Alone:
+    """The one worker there is: sums over workers are what they are."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def sum_over_workers(self, values: Tensor) -> Tensor:
+        return values
+
+
+class LocalContext(Alone):
     """One worker in the calling process; checkpoints under ``folder``/last, replaced atomically.
 
     Args:
@@ -84,13 +97,10 @@ class LocalContext:
         device: where to train; by default the first GPU, else the CPU.
     """
 
-    rank = 0
-    world_size = 1
-
     def __init__(self, folder: Path, emitter: Emitter, device: torch.device | None = None) -> None:
+        super().__init__(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         self._folder = folder
         self._emitter = emitter
-        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def resume_folder(self) -> Path | None:
         last, previous = self._folder / "last", self._folder / "previous"
@@ -101,9 +111,6 @@ class LocalContext:
 
     def wrap(self, network: nn.Module) -> nn.Module:
         return network
-
-    def sum_over_workers(self, values: Tensor) -> Tensor:
-        return values
 
     def commit(self, folder: Path | None, metrics: dict[str, float]) -> None:
         if folder is None:

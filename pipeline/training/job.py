@@ -5,21 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
+import numpy as np
 import torch
 
-from pipeline.data import BlockPlanner, DataParams, DataSource, EpochOrder, SplitReader, decode_block, read_blocks
+from pipeline.contracts.columns import INPUT, LABEL, SAMPLE_ID, InputSpec, SplitName
+from pipeline.data import (
+    BlockPlanner,
+    DataParams,
+    DataSource,
+    Decoder,
+    EpochOrder,
+    SplitReader,
+    decode_block,
+    iterate_rows,
+    read_blocks,
+)
 from pipeline.data.logits import load_logits
 from pipeline.errors import ConfigError
 from pipeline.evaluation import EvaluationParams
 from pipeline.losses import LossParams, Objective
-from pipeline.models import ModelParams, Teacher, TeacherParams, build_classifier, load_weights, resolve_checkpoint
-from pipeline.contracts.columns import INPUT, LABEL, SAMPLE_ID
-from pipeline.training.context import Block
+from pipeline.models import ModelParams, Teacher, build_classifier, load_checkpoint, load_weights
+from pipeline.training.context import Alone, Block
 from pipeline.training.loop import TrainJob
 from pipeline.training.params import TrainParams
 from pipeline.training.plan import RunPlan
-from pipeline.training.validation import EvaluationSet
+from pipeline.training.validation import Evaluation, EvaluationSet
 
 
 @dataclass(frozen=True)
@@ -64,10 +76,47 @@ def build_job(spec: RunSpec, source: DataSource) -> TrainJob:
     torch.manual_seed(spec.seed)
     classifier = build_classifier(spec.network, source.spec)
     if spec.network.checkpoint is not None:
-        load_weights(classifier.network, resolve_checkpoint(spec.network.checkpoint))
+        load_checkpoint(classifier, spec.network, role="student")
     logits = None if spec.validation_logits is None else load_logits(Path(spec.validation_logits))
-    validation = EvaluationSet(source, source.split("validation"), "validation", spec.evaluation, logits)
+    validation = EvaluationSet(
+        source.spec, source.decoder("validation"), source.split("validation"), "validation", spec.evaluation, logits
+    )
     return TrainJob(classifier, Objective.from_params(spec.loss), spec.train, spec.plan, validation, spec.seed)
+
+
+@dataclass(frozen=True)
+class EvaluationSpec:
+    """One evaluation of kept weights, small and picklable.
+
+    Attributes:
+        network: parameters of the network; its checkpoint is not used.
+        weights: file with its weights.
+        logits: file with the teacher's logits on the split; none without a teacher.
+    """
+
+    network: ModelParams
+    weights: str
+    spec: InputSpec
+    decoder: Decoder
+    reader: SplitReader
+    split: SplitName
+    evaluation: EvaluationParams
+    logits: str | None
+
+
+def evaluate_weights(job: EvaluationSpec) -> Evaluation:
+    """Metrics of kept weights on a split, in this process, on its GPU if it has one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    classifier = build_classifier(job.network, job.spec)
+    load_weights(classifier.network, Path(job.weights))
+    logits = None if job.logits is None else load_logits(Path(job.logits))
+    rows = EvaluationSet(job.spec, job.decoder, job.reader, job.split, job.evaluation, logits)
+    return rows.evaluate(classifier.to(device), Alone(device))
+
+
+def compute_logits(teacher: Teacher, decoder: Decoder, reader: SplitReader, batch_size: int) -> np.ndarray:
+    """The teacher's logits on every row of a split: (rows, num_classes) float32 in order of sample id."""
+    return np.concatenate([teacher(rows[INPUT]) for rows in iterate_rows(decoder, reader, 0, 1, batch_size)])
 
 
 class InProcessSource:
@@ -100,6 +149,14 @@ class InProcessSource:
             yield Block(plan.position, rows[INPUT], rows[LABEL], rows[SAMPLE_ID], logits)
 
 
-def teacher_arguments(params: TeacherParams, source: DataSource, batch_size: int) -> dict[str, object]:
+class TeacherArguments(TypedDict):
     """Arguments of ``Teacher``, for this process or for the pool's."""
+
+    params: ModelParams
+    spec: InputSpec
+    batch_size: int
+
+
+def teacher_arguments(params: ModelParams, source: DataSource, batch_size: int) -> TeacherArguments:
+    """What a teacher on ``source`` is built from; it runs blocks of ``batch_size`` rows."""
     return {"params": params, "spec": source.spec, "batch_size": batch_size}

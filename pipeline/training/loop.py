@@ -185,9 +185,7 @@ class _Loop:
 
     def _evaluate(self, epoch: int) -> None:
         state = self.state
-        result = self.job.validation.evaluate(
-            state.evaluated(), self.context, autocast=self.params.precision == "bf16"
-        )
+        result = self.job.validation.evaluate(state.evaluated(), self.context, autocast=self.params.precision == "bf16")
         value = result.metrics[self.params.select_by]
         sign = 1.0 if METRIC_DIRECTIONS[self.params.select_by.split("/")[-1]] == "max" else -1.0
         improved = math.isfinite(value) and (state.best is None or sign * value > sign * state.best.value)
@@ -276,4 +274,3 @@ def average_buffers(network: nn.Module, context: WorkerContext) -> None:
     flat = context.sum_over_workers(flat) / context.world_size
     for buffer, values in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
         buffer.copy_(values.reshape(buffer.shape))
-

@@ -72,7 +72,11 @@ class TrainState:
             },
             folder / STATE_FILE,
         )
-        cursor = {"step": self.step, "cursor": self.step * self.blocks_per_step, "blocks_per_step": self.blocks_per_step}
+        cursor = {
+            "step": self.step,
+            "cursor": self.step * self.blocks_per_step,
+            "blocks_per_step": self.blocks_per_step,
+        }
         (folder / CURSOR_FILE).write_text(json.dumps(cursor))
 
     def load(self, folder: Path) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.contracts.columns import INPUT, LABEL, SplitName
-from pipeline.data import DataSource, SplitReader, iterate_rows
+from pipeline.contracts.columns import INPUT, LABEL, InputSpec, SplitName
+from pipeline.data import DataSource, Decoder, SplitReader, iterate_rows
 from pipeline.errors import CheckpointError
 from pipeline.evaluation import EvaluationParams, Tally
 from pipeline.training.prefetch import host_tensor
@@ -60,8 +60,9 @@ class EvaluationSet:
     Decoded rows are kept when they are small, so that later passes cost no decoding.
 
     Args:
-        source: the data set.
-        reader: the split; test only by ``open_test``.
+        spec: what the network is given, and the classes.
+        decoder: of the split.
+        reader: of the split; test only by ``open_test``.
         params: batch size of a pass.
         teacher_logits: (rows of the split, num_classes) in order of sample id, where known.
     """
@@ -70,14 +71,14 @@ class EvaluationSet:
 
     def __init__(
         self,
-        source: DataSource,
+        spec: InputSpec,
+        decoder: Decoder,
         reader: SplitReader,
         split: SplitName,
         params: EvaluationParams,
         teacher_logits: np.ndarray | None = None,
     ) -> None:
-        self._source = source
-        self._reader = reader
+        self._spec, self._decoder, self._reader = spec, decoder, reader
         self.split = split
         self._batch_size = params.batch_size
         self._teacher_logits = teacher_logits
@@ -90,7 +91,7 @@ class EvaluationSet:
 
     def evaluate(self, network: nn.Module, worker: Reducer, autocast: bool = False) -> Evaluation:
         """Metrics of ``network`` (inputs to logits) over the whole split, the same on every worker."""
-        spec = self._source.spec
+        spec = self._spec
         with_teacher = self._teacher_logits is not None
         tally = Tally(spec.num_classes, device=worker.device, with_teacher=with_teacher)
         was_training = network.training
@@ -110,7 +111,8 @@ class EvaluationSet:
         tally.load(worker.sum_over_workers(tally.state()))
         names = spec.class_names
         return Evaluation(
-            tally.compute(PREFIXES[self.split]), {name: value for name, value in zip(names, tally.per_class(), strict=True)}
+            tally.compute(PREFIXES[self.split]),
+            {name: value for name, value in zip(names, tally.per_class(), strict=True)},
         )
 
     def _batches(self, rank: int, world_size: int) -> Iterator[dict[str, Any]]:
@@ -119,7 +121,7 @@ class EvaluationSet:
             return
         kept: list[dict[str, Any]] | None = []
         size = 0
-        for rows in iterate_rows(self._source.decoder(self.split), self._reader, rank, world_size, self._batch_size):
+        for rows in iterate_rows(self._decoder, self._reader, rank, world_size, self._batch_size):
             size += rows[INPUT].nbytes
             if size > self.MAX_KEPT_BYTES:
                 kept = None
@@ -127,4 +129,3 @@ class EvaluationSet:
                 kept.append(rows)
             yield rows
         self._kept = kept
-

@@ -1,0 +1,1 @@
+"""One module a command: the story of a run in plain steps."""

@@ -1,0 +1,326 @@
+"""Three ways to carry out a run: Ray Train workers, the driver's own process on Ray's stream, no Ray at all."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import statistics
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from pipeline.config.schema import Config
+from pipeline.contracts.columns import SplitName
+from pipeline.contracts.events import Event
+from pipeline.data import SplitReader
+from pipeline.data.logits import save_logits
+from pipeline.errors import TrainingError
+from pipeline.stages.session import RunSession
+from pipeline.stages.work import Work, learns_from_teacher, logits_path
+from pipeline.training import (
+    BestRecord,
+    Evaluation,
+    EvaluationSpec,
+    InProcessSource,
+    LocalContext,
+    TeacherArguments,
+    build_job,
+    compute_logits,
+    evaluate_weights,
+    read_state,
+    teacher_arguments,
+    train,
+)
+
+if TYPE_CHECKING:  # importing ray takes seconds, and not every way needs it
+    from pipeline.cluster.preflight import Demand
+    from pipeline.cluster.stream import BlockReader, PoolPlan, StreamPlan
+
+_DEFAULT_DATA_TASKS = 2
+
+
+class Execution(Protocol):
+    """A way to carry out a run."""
+
+    @property
+    def samples_per_s(self) -> float | None:
+        """Median training speed so far; none before the first record."""
+        ...
+
+    def train(self) -> BestRecord:
+        """Trains to the end of the plan; returns what is kept."""
+        ...
+
+    def evaluate(self, split: SplitName, reader: SplitReader) -> Evaluation:
+        """Evaluates the weights in the run folder's ``model/``."""
+        ...
+
+
+@contextmanager
+def open_execution(work: Work, session: RunSession) -> Iterator[Execution]:
+    """The way that ``cluster=`` asks for, ready to train.
+
+    Raises:
+        ResourceError: the cluster cannot be joined or cannot hold the run.
+    """
+    if work.config.cluster.name == "inprocess":
+        yield _InProcess(work, session)
+    else:
+        with ExitStack() as stack:
+            yield _OnRay(work, session, stack)
+
+
+class _Speed:
+    """Collects the training speed from the journal."""
+
+    def __init__(self, session: RunSession) -> None:
+        self._rates: list[float] = []
+        session.listen(self._note)
+
+    def _note(self, event: Event) -> None:
+        if event.kind == "step":
+            self._rates.append(event.data["samples_per_s"])
+
+    @property
+    def samples_per_s(self) -> float | None:
+        return statistics.median(self._rates) if self._rates else None
+
+
+class _InProcess(_Speed):
+    """Everything in this process, one thing after the other."""
+
+    def __init__(self, work: Work, session: RunSession) -> None:
+        super().__init__(session)
+        self._work, self._session = work, session
+        self._teacher = None
+        if work.teacher is not None:
+            from pipeline.models import Teacher
+
+            self._teacher = Teacher(**_teacher_arguments(work))
+
+    def train(self) -> BestRecord:
+        work = self._work
+        logits = self._logits("validation", work.source.split("validation"))
+        self._session.say("training")
+        source = InProcessSource(
+            work.source,
+            work.reader,
+            work.planner,
+            work.config.data,
+            work.config.run.seed,
+            work.plan.num_blocks,
+            self._teacher,
+        )
+        context = LocalContext(work.run.dir / "checkpoints", self._session.journal)
+        state = train(build_job(work.spec(logits), work.source), context, source)
+        self._session.say("training", "finished")
+        return _kept(state.best)
+
+    def evaluate(self, split: SplitName, reader: SplitReader) -> Evaluation:
+        return evaluate_weights(_evaluation_spec(self._work, split, reader, self._logits(split, reader)))
+
+    def _logits(self, split: SplitName, reader: SplitReader) -> Path | None:
+        if self._teacher is None:
+            return None
+        path = _logits_path(self._work, split, reader)
+        if not path.exists():
+            self._session.say("teacher logits", detail=f"{split}, {reader.num_rows} rows")
+            batch_size = self._work.config.train.batch_size
+            save_logits(path, compute_logits(self._teacher, self._work.source.decoder(split), reader, batch_size))
+            self._session.say("teacher logits", "finished")
+        return path
+
+
+class _OnRay(_Speed):
+    """The stream and the pool on Ray; the student in Ray Train workers, or in this process."""
+
+    def __init__(self, work: Work, session: RunSession, stack: ExitStack) -> None:
+        from pipeline.cluster.journal import QueueDrain
+        from pipeline.cluster.preflight import admitted, check_demand
+        from pipeline.cluster.session import ray_session
+
+        super().__init__(session)
+        self._work, self._session = work, session
+        cluster = work.config.cluster
+        demands = list_demands(work.config, work.run.command)
+        session.say("ray", detail="connecting to the cluster, or starting one here")
+        stack.enter_context(ray_session(cluster.address, demands, cluster.object_store_bytes, work.run.dir / "ray.log"))
+        check_demand(demands, resuming=work.run.resumed)
+        session.say("ray", "finished")
+        release = stack.enter_context(
+            admitted(demands, work.run.name, cluster.wait_s, lambda detail: session.say("placement", detail=detail))
+        )
+        # Once a step was taken, workers and pool are placed: the next run may be.
+        session.listen(lambda event: release() if event.kind == "step" else None)
+        self._drain = QueueDrain(session.journal)
+        stack.callback(self._drain.close)
+
+    def train(self) -> BestRecord:
+        work = self._work
+        logits = self._logits("validation", work.source.split("validation"))
+        self._session.say("training", detail="starting the workers, the stream and the teachers")
+        best = self._train_in_driver(logits) if work.config.cluster.name == "driver" else self._train_in_workers(logits)
+        self._session.say("training", "finished")
+        return best
+
+    def _train_in_workers(self, logits: Path | None) -> BestRecord:
+        from pipeline.cluster.train import FitPlan, fit
+
+        work, cluster = self._work, self._work.config.cluster
+        plan = FitPlan(
+            spec=work.spec(logits),
+            storage=work.run.dir / "ray",
+            num_blocks=work.plan.num_blocks,
+            num_workers=cluster.num_workers,
+            worker_resources=_worker_bundle(work.config),
+            num_threads=_num_threads(work),
+            max_failures=cluster.max_failures,
+            with_teacher=work.teacher is not None,
+        )
+        saved = read_state(fit(plan, self._training_stream(), self._drain.emitter))["best"]
+        return _kept(None if saved is None else BestRecord(**saved))
+
+    def _train_in_driver(self, logits: Path | None) -> BestRecord:
+        from pipeline.cluster.train import DriverSource
+
+        work = self._work
+        source = DriverSource(self._training_stream(), work.plan.num_blocks, work.teacher is not None)
+        context = LocalContext(work.run.dir / "checkpoints", self._session.journal)
+        return _kept(train(build_job(work.spec(logits), work.source), context, source).best)
+
+    def evaluate(self, split: SplitName, reader: SplitReader) -> Evaluation:
+        spec = _evaluation_spec(self._work, split, reader, self._logits(split, reader))
+        if self._work.config.cluster.name == "driver":
+            return evaluate_weights(spec)
+        from pipeline.cluster.tasks import run_task
+
+        return run_task(evaluate_weights, spec, _worker_bundle(self._work.config))
+
+    def _logits(self, split: SplitName, reader: SplitReader) -> Path | None:
+        """The teacher's logits on a split, computed by the pool unless an earlier run has kept them."""
+        if self._work.teacher is None:
+            return None
+        path = _logits_path(self._work, split, reader)
+        if not path.exists():
+            from pipeline.cluster.logits import write_pool_logits
+            from pipeline.cluster.stream import SplitBlocks, whole_split
+
+            self._session.say("teacher logits", detail=f"{split}, {reader.num_rows} rows")
+            blocks = SplitBlocks(reader, self._work.config.train.batch_size)
+            write_pool_logits(whole_split(self._stream(blocks, split), reader.num_rows), reader.num_rows, path)
+            self._session.say("teacher logits", "finished")
+        return path
+
+    def _training_stream(self) -> StreamPlan:
+        from pipeline.cluster.stream import TrainingBlocks
+
+        return self._stream(TrainingBlocks(self._work.reader, self._work.planner), "train")
+
+    def _stream(self, blocks: BlockReader, split: SplitName) -> StreamPlan:
+        from pipeline.cluster.stream import StreamPlan, share
+
+        work, config = self._work, self._work.config
+        spec = work.source.spec
+        item_bytes = 1 if spec.kind == "image" else 4
+        return StreamPlan(
+            blocks=share(blocks),
+            batch_size=config.train.batch_size,
+            block_bytes=config.train.batch_size * (math.prod(spec.shape) * item_bytes + 4 * spec.num_classes + 32),
+            decoder=work.source.decoder(split),
+            augment=config.data.augment,
+            seed=config.run.seed,
+            pool=self._pool_plan(),
+            emitter=self._drain.emitter,
+            max_read_tasks=_num_data_tasks(work.config),
+            object_store_bytes=config.cluster.object_store_bytes,
+            no_progress_timeout_s=config.teacher.pool.no_progress_timeout_s,
+        )
+
+    def _pool_plan(self) -> PoolPlan | None:
+        from pipeline.cluster.stream import PoolPlan
+
+        if self._work.teacher is None:
+            return None
+        pool = self._work.config.teacher.pool
+        options = {
+            "num_cpus": pool.num_cpus,
+            "num_gpus": pool.num_gpus,
+            "resources": dict(pool.resources),
+            "max_restarts": -1,
+            "max_task_retries": pool.max_task_retries,
+            **({"accelerator_type": pool.accelerator_type} if pool.accelerator_type else {}),
+            **({"label_selector": dict(pool.label_selector)} if pool.label_selector else {}),
+        }
+        build = pickle.dumps(_teacher_arguments(self._work))
+        return PoolPlan(build, pool.min, pool.max or pool.min, options, max(1, int(pool.num_cpus)))
+
+
+def list_demands(config: Config, command: str) -> list[Demand]:
+    """Who needs what of the cluster."""
+    from pipeline.cluster.preflight import Demand
+
+    demands = []
+    if config.cluster.name == "ray":
+        demands.append(
+            Demand("student worker", config.cluster.num_workers, _worker_bundle(config), "cluster.num_workers")
+        )
+    if learns_from_teacher(config, command):
+        pool = config.teacher.pool
+        bundle = {"CPU": pool.num_cpus, "GPU": pool.num_gpus, **pool.resources}
+        demands.append(Demand("teacher actor", pool.min, bundle, "teacher.pool.min", most=pool.max))
+    demands.append(Demand("data task", _num_data_tasks(config), {"CPU": 1.0}, "cluster.data_cpus"))
+    return demands
+
+
+def preflight_rows(config: Config, command: str) -> list[list[str]]:
+    """Rows of the preflight table; without Ray there is one process."""
+    if config.cluster.name == "inprocess":
+        return [["this process", "1", "no Ray", "-"]]
+    from pipeline.cluster.preflight import demand_rows
+
+    return demand_rows(list_demands(config, command), None)
+
+
+def _worker_bundle(config: Config) -> dict[str, float]:
+    cluster = config.cluster
+    bundle = {"CPU": cluster.num_cpus_per_worker, "GPU": cluster.num_gpus_per_worker, **cluster.resources_per_worker}
+    return {name: amount for name, amount in bundle.items() if amount}
+
+
+def _num_threads(work: Work) -> int:
+    return work.config.train.num_threads or max(1, int(work.config.cluster.num_cpus_per_worker))
+
+
+def _num_data_tasks(config: Config) -> int:
+    limit = config.cluster.data_cpus
+    return _DEFAULT_DATA_TASKS if limit is None else max(1, int(limit))
+
+
+def _logits_path(work: Work, split: SplitName, reader: SplitReader) -> Path:
+    if work.teacher is None:
+        raise ValueError("this run has no teacher")
+    return logits_path(work.run.dir, work.teacher, work.source, split, reader)
+
+
+def _teacher_arguments(work: Work) -> TeacherArguments:
+    return teacher_arguments(work.config.teacher, work.source, work.config.train.batch_size)
+
+
+def _evaluation_spec(work: Work, split: SplitName, reader: SplitReader, logits: Path | None) -> EvaluationSpec:
+    return EvaluationSpec(
+        work.network,
+        str(work.run.dir / "model" / "model.safetensors"),
+        work.source.spec,
+        work.source.decoder(split),
+        reader,
+        split,
+        work.config.evaluation,
+        None if logits is None else str(logits),
+    )
+
+
+def _kept(best: BestRecord | None) -> BestRecord:
+    if best is None:
+        raise TrainingError("training ended without an evaluated checkpoint; see ray.log in the run folder")
+    return best

@@ -1,0 +1,174 @@
+"""What surrounds the work of a run: journal, live view, tracker, signals, the result file."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import Any
+
+from pipeline.config.runs import Run
+from pipeline.contracts.events import Event, Journal
+from pipeline.errors import PipelineError
+from pipeline.report.live import LiveView
+from pipeline.tracking import Tracker
+
+_KILL_FLUSH_S = 1.0  # a job is killed three seconds after it was told to stop
+_CLOSE_FLUSH_S = 60.0
+_LOOK_S = 0.25
+
+
+class RunSession:
+    """A run while it is being worked on.
+
+    Everything that happens goes through the journal; the view and the tracker read it there.
+
+    Args:
+        run: the folder, held by this process.
+        dataset: name, fingerprint, number of rows and path, for the tracker.
+        with_teacher: whether waiting for data means waiting for a teacher.
+
+    Attributes:
+        began: whether work began: an error before that ends with exit code 2, one after it with 1.
+    """
+
+    def __init__(self, run: Run, dataset: Mapping[str, Any], with_teacher: bool) -> None:
+        self.run = run
+        self.began = False
+        self.journal = Journal(run.dir / "events.jsonl")
+        self._offset = run.dir.joinpath("events.jsonl").stat().st_size if run.resumed and _has_events(run) else 0
+        config = run.config
+        self._tracker = Tracker.open(
+            config.tracking.uri or "",
+            config.tracking.experiment,
+            run.dir,
+            run.name,
+            required=config.tracking.required,
+            params=config.to_dict(),
+            tags={"command": run.command, "config_hash": run.config_hash, **_provenance_tags(run)},
+            dataset=dataset,
+        )
+        self._view = LiveView(run.name, run.dir, with_teacher=with_teacher)
+        self._listeners: list[Callable[[Event], None]] = []
+        self._stopped = threading.Event()
+        self._reader = threading.Thread(target=self._read, name="live-view", daemon=True)
+
+    def start(self) -> None:
+        """The run is now running, and shown."""
+        self.run.set_status("running")
+        self.journal.emit(Event("status", {"status": "running", "message": ""}))
+        for name in ("config.yaml", "provenance.json"):
+            self.journal.emit(Event("artifact", {"path": str(self.run.dir / name), "folder": "run"}))
+        self._view.__enter__()
+        self._reader.start()
+
+    def listen(self, listener: Callable[[Event], None]) -> None:
+        """Calls ``listener`` with every event from now on, soon after it was written."""
+        self._listeners.append(listener)
+
+    def say(self, name: str, state: str = "started", detail: str = "") -> None:
+        """Records that a stage of the run began or ended, or what it waits for."""
+        self.journal.emit(Event("stage", {"name": name, "state": state, "detail": detail}))
+
+    def finish(self, metrics: Mapping[str, float], extra: Mapping[str, Any]) -> None:
+        """The run is complete: result, status, and everything sent to the tracker."""
+        self.journal.emit(Event("status", {"status": "finished", "message": ""}))
+        sent = self._tracker.close(_CLOSE_FLUSH_S)
+        self._close_view()
+        self.run.write_result("finished", metrics, extra)
+        if not sent:
+            print(f"tracking: not everything was sent ({self._tracker.problem}); {self.run.resume_command} sends it")
+
+    def fail(self, error: BaseException) -> int:
+        """Records a failure; returns the exit code."""
+        message = error.message if isinstance(error, PipelineError) else f"{type(error).__name__}: {error}"
+        code = 1 if self.began else 2
+        self.journal.emit(Event("status", {"status": "failed", "message": message}))
+        self._tracker.close(5.0)
+        self._close_view()
+        self.run.write_result("failed", {}, exit_code=code, error=message)
+        return code
+
+    def kill(self, code: int) -> None:
+        """Records that the run was told to stop, and ends this process at once."""
+        self.journal.emit(Event("status", {"status": "killed", "message": f"stopped by signal {code - 128}"}))
+        self.run.write_result("killed", {}, exit_code=code, error="stopped by a signal")
+        self._view.close()
+        print(f"stopped; go on with: {self.run.resume_command}\n{self.run.result_path}", flush=True)
+        self._tracker.flush(_KILL_FLUSH_S)
+        os._exit(code)
+
+    def _read(self) -> None:
+        while not self._stopped.wait(_LOOK_S):
+            self._show_new()
+
+    def _show_new(self) -> None:
+        for event, offset in self.journal.read(self._offset):
+            self._offset = offset
+            self._view.show(event)
+            for listener in self._listeners:
+                listener(event)
+
+    def _close_view(self) -> None:
+        self._stopped.set()
+        if self._reader.is_alive():
+            self._reader.join()
+            self._show_new()
+        self._view.close()
+
+
+def _has_events(run: Run) -> bool:
+    return (run.dir / "events.jsonl").exists()
+
+
+def _provenance_tags(run: Run) -> dict[str, str]:
+    facts = run.read_provenance()
+    git = facts.get("git") or {}
+    tags = {
+        "git_commit": git.get("commit"),
+        "data_fingerprint": facts.get("data"),
+        "teacher_fingerprint": facts.get("teacher"),
+    }
+    return {name: str(value) for name, value in tags.items() if value is not None}
+
+
+def run_interruptibly(work: Callable[[], None], on_signal: Callable[[int], None]) -> None:
+    """Runs ``work`` so that SIGTERM and SIGINT are answered at once, whatever it waits for.
+
+    Python runs signal handlers in the main thread only, between two of its instructions; a call that
+    blocks in C would hold them up. So the work gets a thread of its own.
+
+    Args:
+        on_signal: gets the exit code (128 + signal number) and does not return.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        work()
+        return
+    failure: list[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failure.append(error)
+
+    received: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    thread = threading.Thread(target=guarded, name="work", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(timeout=0.1)
+            if received:
+                on_signal(128 + received[0])
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if failure:
+        raise failure[0]

@@ -1,0 +1,11 @@
+"""``train-teacher``: train the network of the group ``teacher`` on labels."""
+
+from __future__ import annotations
+
+from pipeline.config.request import Request
+from pipeline.stages.training import run_training
+
+
+def train_teacher(request: Request) -> int:
+    """Returns the exit code; see ``pipeline.stages.training``."""
+    return run_training(request, defaults=("loss=cross_entropy",))

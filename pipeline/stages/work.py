@@ -1,0 +1,110 @@
+"""What a run amounts to once its configuration, data and teacher are known."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config.runs import Run
+from pipeline.config.schema import Config
+from pipeline.contracts.columns import SplitName
+from pipeline.data import BlockPlanner, DataSource, SplitReader
+from pipeline.models import ModelParams, build_classifier, fingerprint_state, load_checkpoint
+from pipeline.training import RunPlan, RunSpec, make_plan, make_planner, open_training
+
+
+@dataclass(frozen=True)
+class CheckedTeacher:
+    """A teacher whose checkpoint was read once and fits its network and the data.
+
+    Attributes:
+        fingerprint: of its weights.
+        key: of everything its logits depend on but the rows.
+    """
+
+    fingerprint: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Work:
+    """A training run, resolved.
+
+    Attributes:
+        network: the parameters of the network that is trained.
+        teacher: none where nobody teaches.
+        reader: the training split.
+    """
+
+    run: Run
+    source: DataSource
+    network: ModelParams
+    teacher: CheckedTeacher | None
+    reader: SplitReader
+    planner: BlockPlanner
+    plan: RunPlan
+
+    @property
+    def config(self) -> Config:
+        return self.run.config
+
+    def spec(self, validation_logits: Path | None) -> RunSpec:
+        """What the workers are sent."""
+        config = self.config
+        return RunSpec(
+            config.data,
+            self.network,
+            config.loss,
+            config.train,
+            config.evaluation,
+            config.run.seed,
+            self.plan,
+            None if validation_logits is None else str(validation_logits),
+        )
+
+
+def logits_path(
+    run_dir: Path, teacher: CheckedTeacher, source: DataSource, split: SplitName, reader: SplitReader
+) -> Path:
+    """Where the teacher's logits on a split are kept: beside the runs, by all that they depend on."""
+    rows = hashlib.sha256(reader.sample_ids.tobytes()).hexdigest()[:12]
+    return run_dir.parent / "teacher_logits" / f"{teacher.key}-{source.fingerprint[:16]}" / f"{split}-{rows}.npy"
+
+
+def trained_network(config: Config, command: str) -> tuple[str, ModelParams]:
+    """Which group's network a command trains, and its parameters."""
+    return ("teacher", config.teacher) if command == "train-teacher" else ("student", config.student)
+
+
+def learns_from_teacher(config: Config, command: str) -> bool:
+    """Whether a run of ``command`` asks a teacher for logits."""
+    return command != "train-teacher" and config.loss.needs_teacher
+
+
+def check_teacher(config: Config, source: DataSource) -> CheckedTeacher:
+    """Builds the teacher on this machine's CPU and loads its weights, so that what is wrong shows now.
+
+    Raises:
+        CheckpointError, ModelError: see ``load_checkpoint`` and ``build_classifier``.
+    """
+    params = config.teacher
+    classifier = build_classifier(params, source.spec)
+    load_checkpoint(classifier, params, role="teacher")
+    fingerprint = fingerprint_state(classifier.network.state_dict())
+    parts = [fingerprint, params.architecture(), params.mean, params.std, params.precision]
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    return CheckedTeacher(fingerprint, key)
+
+
+def prepare_work(run: Run, source: DataSource, teacher: CheckedTeacher | None) -> Work:
+    """Order and length of the run; the network is built once here, so that what is wrong with it shows now."""
+    config = run.config
+    role, network = trained_network(config, run.command)
+    classifier = build_classifier(network, source.spec)
+    if network.checkpoint is not None:
+        load_checkpoint(classifier, network, role=role)
+    reader = open_training(source)
+    planner = make_planner(config.data, reader, config.train, config.run.seed)
+    return Work(run, source, network, teacher, reader, planner, make_plan(planner, config.train))
