@@ -51,8 +51,8 @@ def ray_session(
         return
     handler = _log_to(log_file)
     options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True, "configure_logging": False}
-    started = _connect(ray, address, options) if address != "local" else False
-    if not started:
+    joined = address != "local" and _connect(ray, address, options)
+    if not joined:
         cpus = max(math.ceil(total_demand(demands, at_most=True).get("CPU", 0.0)), os.cpu_count() or 1)
         ray.init(
             address="local",
@@ -62,7 +62,7 @@ def ray_session(
             **options,
         )
     try:
-        yield not started
+        yield not joined
     finally:
         ray.shutdown()
         handler.close()

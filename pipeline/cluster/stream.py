@@ -12,6 +12,7 @@ time and memory by the read task.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -178,15 +179,18 @@ def build_stream(plan: StreamPlan, first: int, stop: int) -> Dataset:
     )
     if plan.pool is not None:
         pool = plan.pool
-        dataset = dataset.map_batches(
-            TeacherActor,
-            fn_constructor_args=(pool.build, plan.emitter, pool.num_threads, plan.logits_only),
-            batch_size=None,
-            batch_format="numpy",
-            zero_copy_batch=True,
-            compute=ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size),
-            **pool.actor_options,
-        )
+        with warnings.catch_warnings():
+            # Retries and restarts have no named parameter in this version of Ray.
+            warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+            dataset = dataset.map_batches(
+                TeacherActor,
+                fn_constructor_args=(pool.build, plan.emitter, pool.num_threads, plan.logits_only),
+                batch_size=None,
+                batch_format="numpy",
+                zero_copy_batch=True,
+                compute=ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size),
+                **pool.actor_options,
+            )
     return dataset
 
 
@@ -252,7 +256,8 @@ def chain_streams(
         begin, end = chain[index] if index < len(chain) else (stop, stop)
         return build_stream(plan, begin, end)
 
-    return {segment_name(index): partial(build, index) for index in range(len(segments(plan.blocks_per_segment, first, stop)))}
+    count = len(segments(plan.blocks_per_segment, first, stop))
+    return {segment_name(index): partial(build, index) for index in range(count)}
 
 
 def segment_name(index: int) -> str:

@@ -92,7 +92,7 @@ def _cluster(config: Config) -> str:
         tempfile.TemporaryDirectory() as scratch,
         ray_session(
             config.cluster.address, demands, config.cluster.object_store_bytes, Path(scratch) / "ray.log"
-        ) as found,
+        ) as started,
     ):
         check_demand(demands)
         capacity = {

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
+
+import psutil
 
 from pipeline.config.runs import Run
 from pipeline.contracts.events import Event, Journal
@@ -93,11 +96,16 @@ class RunSession:
 
     def kill(self, code: int) -> None:
         """Records that the run was told to stop, and ends this process at once."""
-        self.journal.emit(Event("status", {"status": "killed", "message": f"stopped by signal {code - 128}"}))
-        self.run.write_result("killed", {}, exit_code=code, error="stopped by a signal")
-        self._view.close()
-        print(f"stopped; go on with: {self.run.resume_command}\n{self.run.result_path}", flush=True)
+        reason = f"stopped by {signal.Signals(code - 128).name}"
+        self.journal.emit(Event("status", {"status": "killed", "message": reason}))
+        self.run.write_result("killed", {}, exit_code=code, error=reason)
+        self._close_view()
+        print(f"go on with: {self.run.resume_command}\n{self.run.result_path}", flush=True)
         self._tracker.flush(_KILL_FLUSH_S)
+        # A Ray that this process started would outlive it in part; one that it joined has no process here.
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
         os._exit(code)
 
     def _read(self) -> None:
@@ -167,6 +175,8 @@ def run_interruptibly(work: Callable[[], None], on_signal: Callable[[int], None]
             thread.join(timeout=0.1)
             if received:
                 on_signal(128 + received[0])
+            for number in previous:
+                signal.signal(number, note)  # Ray's core puts handlers of its own in place when it starts
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

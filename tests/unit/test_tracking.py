@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import os
 import shutil
-import socket
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +14,9 @@ import pytest
 
 from pipeline.contracts.columns import InputSpec
 from pipeline.contracts.events import Event, Journal
-from pipeline.errors import TrackingError
 from pipeline.tracking import Tracker, client
-from pipeline.tracking.address import check_reachable, check_uri, strip_credentials
-from pipeline.tracking.batches import MAX_POINTS, clean_key, collect, flatten, read_journal
+from pipeline.tracking.batches import MAX_POINTS
 from pipeline.tracking.connection import Connection
-from pipeline.tracking.progress import Progress
 
 TIMEOUT_S = 60.0
 START = 1_700_000_000.0
@@ -303,6 +294,7 @@ def test_store_that_takes_no_files_holds_up_no_metrics(
     assert not tracker.close(TIMEOUT_S)  # says that something is missing
     assert history(uri, tracker, "train/loss") == [(1, 0.5)]
     assert "no bucket for you" in caplog.text
+    assert "no bucket for you" in str(tracker.problem)
 
 
 def test_a_refused_metric_holds_up_no_others(uri: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,223 +319,3 @@ def test_nothing_of_the_environment_is_kept_or_changed(
     files = [path for path in run_dir.parent.rglob("*") if path.is_file()]
     assert not [path for path in files if secret.encode() in path.read_bytes()]
     assert capfd.readouterr() == ("", "")
-
-
-# ---- nobody answers, or somebody else
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-@contextmanager
-def web_server(answer: Callable[[http.server.BaseHTTPRequestHandler], None]) -> Iterator[str]:
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            answer(self)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-def reply_with(status: int, body: str, headers: dict[str, str] | None = None) -> Any:
-    def answer(request: http.server.BaseHTTPRequestHandler) -> None:
-        request.send_response(status)
-        for name, value in (headers or {}).items():
-            request.send_header(name, value)
-        request.end_headers()
-        request.wfile.write(body.encode())
-
-    return answer
-
-
-def test_server_that_is_away_is_an_error_if_required(run_dir: Path) -> None:
-    address = f"http://127.0.0.1:{free_port()}"
-    with pytest.raises(TrackingError, match=r"cannot be reached .*refused.*tracking\.required=false") as caught:
-        open_tracker(address, run_dir)
-    assert address in str(caught.value)
-    assert not list(run_dir.iterdir())
-
-
-def test_server_that_is_away_is_waited_for_if_not_required(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
-    Journal(run_dir / "events.jsonl").emit(step_event(1))
-    tracker = open_tracker(f"http://127.0.0.1:{free_port()}", run_dir, required=False)
-    assert "goes on without its tracking server" in caplog.text
-    assert not tracker.flush(0.05)
-    assert tracker.problem and "cannot be reached" in tracker.problem
-    assert tracker.run_id is None
-    started = time.monotonic()
-    assert not tracker.close(0.05)
-    assert time.monotonic() - started < 2
-
-
-@pytest.mark.parametrize(
-    ("status", "body", "expected"),
-    [
-        (200, "<html>welcome</html>", "is not an MLflow tracking server"),
-        (200, '{"experiment": 3}', "is not an MLflow tracking server"),
-        (404, "<html>no such page</html>", "is not an MLflow tracking server"),
-        (401, "You are not authenticated", r"refused access \(HTTP 401: You are not authenticated\).*MLFLOW_TRACKING_TOKEN"),
-        (503, "later", "answers with HTTP 503"),
-        (200, '{"experiment": {"lifecycle_stage": "deleted"}}', "'an experiment' .*was deleted"),
-    ],
-)  # fmt: skip
-def test_answers_that_are_not_good_enough(status: int, body: str, expected: str, run_dir: Path) -> None:
-    with web_server(reply_with(status, body)) as address, pytest.raises(TrackingError, match=expected):
-        open_tracker(address, run_dir)
-
-
-@pytest.mark.parametrize(
-    ("status", "body"),
-    [(200, '{"experiment": {"lifecycle_stage": "active"}}'), (404, '{"error_code": "RESOURCE_DOES_NOT_EXIST"}')],
-)
-def test_answers_of_mlflow(status: int, body: str) -> None:
-    with web_server(reply_with(status, body)) as address:
-        check_reachable(address, "an experiment")
-
-
-def test_server_that_accepts_and_says_nothing() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        started = time.monotonic()
-        with pytest.raises(TrackingError, match="cannot be reached .*timed out"):
-            check_reachable(f"http://127.0.0.1:{silent.getsockname()[1]}", "an experiment", timeout_s=0.1)
-        assert time.monotonic() - started < 2
-
-
-def test_token_is_sent_but_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "abc")
-    seen: dict[str, str | None] = {}
-
-    def elsewhere(request: http.server.BaseHTTPRequestHandler) -> None:
-        seen["elsewhere"] = request.headers["Authorization"]
-        reply_with(200, "")(request)
-
-    with web_server(elsewhere) as other:
-
-        def redirect(request: http.server.BaseHTTPRequestHandler) -> None:
-            seen["server"] = request.headers["Authorization"]
-            reply_with(302, "", {"Location": other})(request)
-
-        with web_server(redirect) as address, pytest.raises(TrackingError, match="not an MLflow"):
-            check_reachable(address, "an experiment")
-    assert seen == {"server": "Bearer abc", "elsewhere": None}
-
-
-@pytest.mark.parametrize(
-    "uri", ["", "mlruns", "file:///tmp/mlruns", "sqlite:///", "postgresql://me:s3cr3t@host/db", "databricks"]
-)
-def test_addresses_that_cannot_be_used(uri: str) -> None:
-    with pytest.raises(TrackingError, match=r"expected http://HOST:PORT") as caught:
-        check_uri(uri)
-    assert "s3cr3t" not in str(caught.value)
-
-
-def test_password_in_an_address_is_refused_and_not_repeated(run_dir: Path) -> None:
-    with pytest.raises(TrackingError, match="MLFLOW_TRACKING_PASSWORD") as caught:
-        open_tracker("https://me:s3cr3t@mlflow.example.org:5000/base", run_dir, required=False)
-    assert "s3cr3t" not in str(caught.value)
-    assert "https://mlflow.example.org:5000/base" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("uri", "expected"),
-    [
-        ("https://me:pass@host:5000/base?token=x", "https://host:5000/base"),
-        ("http://host", "http://host"),
-        ("sqlite:////data/mlflow.db?key=x", "sqlite:////data/mlflow.db"),
-    ],
-)
-def test_credentials_are_stripped(uri: str, expected: str) -> None:
-    assert strip_credentials(uri) == expected
-
-
-def test_databases_that_cannot_be_used(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("this is no database, and long enough to be seen as none" * 10)
-    with pytest.raises(TrackingError, match="not a usable SQLite database"):
-        check_reachable(f"sqlite:///{tmp_path}/file", "an experiment")
-    with pytest.raises(TrackingError, match="folder of the tracking database .* cannot be made"):
-        check_reachable(f"sqlite:///{tmp_path}/file/mlflow.db", "an experiment")
-    with pytest.raises(TrackingError, match="cannot be written"):
-        check_reachable(f"sqlite:///{tmp_path}", "an experiment")
-    check_reachable(f"sqlite:///{tmp_path}/new/folder/mlflow.db", "an experiment")
-    assert not list((tmp_path / "new" / "folder").iterdir())  # looking leaves no empty database behind
-
-
-def test_damaged_state_is_named(uri: str, run_dir: Path) -> None:
-    (run_dir / "tracking.json").write_text("{")
-    with pytest.raises(TrackingError, match=r"tracking\.json is damaged"):
-        open_tracker(uri, run_dir)
-
-
-# ---- translation, without MLflow
-
-
-def test_reading_leaves_an_unfinished_line_alone(tmp_path: Path) -> None:
-    path = tmp_path / "events.jsonl"
-    Journal(path).emit(step_event(1))
-    whole = path.stat().st_size
-    with path.open("a") as file:
-        file.write('{"kind": "step", "ti')
-    content = path.read_bytes()
-    assert [end for _, end in read_journal(path)] == [whole]
-    assert list(read_journal(path, whole)) == []
-    assert path.read_bytes() == content
-    assert list(read_journal(tmp_path / "none")) == []
-
-
-def test_batch_ends_at_what_is_costly_and_at_the_limit() -> None:
-    many = [(step_event(step), step + 1) for step in range(MAX_POINTS)]
-    batch = collect(many, Progress("uri"))
-    assert batch is not None
-    assert MAX_POINTS <= len(batch.points) < MAX_POINTS + 3
-    assert batch.progress.offset == len(batch.points) // 3
-    events = [(Event("artifact", {"path": "a"}), 1), (Event("artifact", {"path": "b"}), 2)]
-    batch = collect(events, Progress("uri"))
-    assert batch is not None and [str(path) for path, _ in batch.files] == ["a"]
-    assert batch.progress.offset == 1
-    assert collect([], batch.progress) is None
-
-
-def test_collecting_does_not_touch_what_was_stored() -> None:
-    stored = Progress("uri")
-    collect([(step_event(5), 10)], stored)
-    assert (stored.offset, stored.step, stored.sent_steps) == (0, 0, {})
-
-
-def test_new_metrics_at_a_known_step_are_sent() -> None:
-    first = Event("evaluation", {"split": "validation", "step": 5, "metrics": {"val/top1": 0.5}})
-    again = Event("evaluation", {"split": "validation", "step": 5, "metrics": {"val/top1": 0.5, "val/ece": 0.1}})
-    batch = collect([(first, 1), (again, 2)], Progress("uri"))
-    assert batch is not None
-    assert [point.key for point in batch.points] == ["val/top1", "val/ece"]
-
-
-def test_flatten_writes_values_as_in_yaml() -> None:
-    nested = {"a": {"b": {"c": 1, "none": None}, "flag": True}, "text": "x", "list": [1, "two"], "empty": {}}
-    assert flatten(nested) == {
-        "a.b.c": "1", "a.b.none": "null", "a.flag": "true", "text": "x", "list": '[1, "two"]', "empty": "{}",
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("val/top1", "val/top1"), ("what?=%", "what___"), ("/a//b/", "a/b"), ("../../a", "a"),
-        ("system/actor(pid=1, ip=::1)/busy", "system/actor_pid_1_ ip_::1_/busy"), ("", "_"), ("x" * 300, "x" * 250),
-    ],
-)  # fmt: skip
-def test_keys_are_made_fit(name: str, expected: str) -> None:
-    assert clean_key(name) == expected

@@ -1,0 +1,199 @@
+"""``python -m pipeline COMMAND ...``: finds the stage of a command and turns errors into exit codes.
+
+Nothing heavy is imported here: ``--help`` and a mistyped command answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config.request import Request
+from pipeline.errors import PipelineError
+
+EXIT_BEFORE_WORK = 2
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand.
+
+    Attributes:
+        name: as typed.
+        summary: one line for the list of commands.
+        stage: ``module:function``; the function takes a ``Request`` and returns the exit code.
+        details: what it does, its usual keys, examples.
+    """
+
+    name: str
+    summary: str
+    stage: str
+    details: str
+
+
+_GROUPS = """\
+Groups (--conf DIR adds your own choices): data, teacher, student, loss, train, cluster, tracking, experiment.
+Every key of the configuration can be set by its path; a wrong one is answered with the nearest known.
+"""
+
+COMMANDS: tuple[Command, ...] = (
+    Command(
+        "validate",
+        "check a configuration and show what it amounts to, without starting anything",
+        "pipeline.stages.validate:validate",
+        """\
+examples:
+  python -m pipeline validate data=digits student=mlp teacher.checkpoint=runs/teacher
+  python -m pipeline validate experiment=digits_demo
+""",
+    ),
+    Command(
+        "train-teacher",
+        "train the network of the group teacher on labels",
+        "pipeline.stages.train_teacher:train_teacher",
+        """\
+usual keys: teacher=..., data=..., train.epochs, train.batch_size, train.optimizer.lr, run.dir, run.seed
+
+examples:
+  python -m pipeline train-teacher teacher=resnet20 data=digits run.dir=runs/teacher
+  python -m pipeline train-teacher resume=runs/teacher
+  python -m pipeline train-teacher resume=runs/teacher train.epochs=+5
+""",
+    ),
+    Command(
+        "distill",
+        "train a student from a teacher (or, with loss=cross_entropy, on labels alone)",
+        "pipeline.stages.distill:distill",
+        """\
+usual keys: teacher=..., teacher.checkpoint, teacher.pool.max, student=..., loss=..., loss.temperature,
+  train.epochs, train.batch_size, cluster=..., cluster.num_workers, run.dir, run.seed
+
+examples:
+  python -m pipeline distill teacher=resnet20 teacher.checkpoint=runs/teacher student=small_cnn loss=kd
+  python -m pipeline distill teacher.checkpoint=runs/teacher cluster.num_workers=2 teacher.pool.max=2
+  python -m pipeline distill resume=20260101-120000-digits-small_cnn-resnet20-kd-s0
+""",
+    ),
+    Command(
+        "evaluate",
+        "evaluate the network that a run kept",
+        "pipeline.stages.evaluate:evaluate",
+        """\
+usual keys: run=RUN (a run folder, or its name under runs/), evaluation.test
+
+examples:
+  python -m pipeline evaluate run=runs/student
+""",
+    ),
+    Command(
+        "doctor",
+        "check this machine: versions, folders, Ray, accelerators, tracking server",
+        "pipeline.stages.doctor:doctor",
+        """\
+examples:
+  python -m pipeline doctor
+  python -m pipeline doctor tracking.uri=http://127.0.0.1:5000 cluster.address=auto
+""",
+    ),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        0; 2 for what was found before work began; 1 for what failed later; 130 when interrupted.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        command = _choose(arguments[:1])
+        options = _command_parser(command).parse_intermixed_args(arguments[1:])
+    except SystemExit as exit_request:  # argparse has printed help or the error
+        return exit_request.code if isinstance(exit_request.code, int) else EXIT_BEFORE_WORK
+    request = Request(command.name, tuple(options.overrides), tuple(options.conf), options.debug)
+    return _run(_load_stage(command), request)
+
+
+def _run(stage: Callable[[], Callable[[Request], int]], request: Request) -> int:
+    try:
+        return stage()(request)
+    except PipelineError as error:
+        if request.debug:
+            traceback.print_exc()
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        code = error.details.get("exit_code", EXIT_BEFORE_WORK)
+        return code if isinstance(code, int) else EXIT_BEFORE_WORK
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        if request.debug:
+            traceback.print_exc()
+        else:
+            what = " ".join(str(error).split())[:500]
+            print(f"unexpected {type(error).__name__}: {what}; run with --debug for the traceback", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def _load_stage(command: Command) -> Callable[[], Callable[[Request], int]]:
+    """Delays the import, which takes seconds and may fail, into the part that reports errors."""
+
+    def load() -> Callable[[Request], int]:
+        module, _, function = command.stage.partition(":")
+        stage: Callable[[Request], int] = getattr(importlib.import_module(module), function)
+        return stage
+
+    return load
+
+
+def _choose(arguments: Sequence[str]) -> Command:
+    width = max(len(command.name) for command in COMMANDS)
+    listing = "\n".join(f"  {command.name:<{width}}  {command.summary}" for command in COMMANDS)
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline",
+        usage="python -m pipeline COMMAND [group=choice] [path.to.key=value ...] [--conf DIR] [--debug]",
+        description="Distils a large classifier into small ones on a Ray cluster.",
+        epilog=f"commands:\n{listing}\n\n`python -m pipeline COMMAND --help` has its keys and examples.\n\n{_GROUPS}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", metavar="COMMAND", help="one of the commands below")
+    name = parser.parse_args(arguments).command
+    commands = {command.name: command for command in COMMANDS}
+    if name not in commands:
+        near = difflib.get_close_matches(name, commands, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(commands)}"
+        parser.error(f"unknown command {name!r}; {hint}")
+    return commands[name]
+
+
+def _command_parser(command: Command) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m pipeline {command.name}",
+        description=f"{command.name}: {command.summary}.",
+        epilog=f"{command.details}\n{_GROUPS}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="OVERRIDE",
+        help="group=choice or path.to.key=value; resume=RUN goes on with a run",
+    )
+    parser.add_argument(
+        "--conf",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="DIR",
+        help="folder of your own configuration groups, before the shipped ones; may be repeated",
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser

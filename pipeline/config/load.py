@@ -1,0 +1,118 @@
+"""From a request to a validated configuration, with ``resume=RUN`` and ``train.epochs=+N``."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.compose import ParsedOverride, compose, parse_overrides
+from pipeline.config.request import Request
+from pipeline.config.schema import Config, drop_path, get_path, set_path
+from pipeline.config.stored import StoredRun, find_run, read_run
+from pipeline.config.validate import build_config
+from pipeline.errors import ConfigError, RunError
+
+# Totals that a later command may raise with key=+N; all else of a run stays as it began.
+_EXTENDABLE = ("train.epochs",)
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """What a request amounts to.
+
+    Attributes:
+        config: validated; ``run.dir`` is set if the request goes on with a run.
+        extends: whether the request raises the total of a stored run (``train.epochs=+N``).
+    """
+
+    config: Config
+    extends: bool = False
+
+
+def load_config(request: Request, defaults: Sequence[str] = (), runs_root: Path = Path("runs")) -> LoadedConfig:
+    """Composes and validates what the request says.
+
+    Args:
+        request: command and overrides; ``resume=RUN`` (a run folder, or its name under ``runs_root``) starts
+            from that run's configuration instead of the defaults.
+        defaults: overrides that the command starts from; the user's go before them.
+        runs_root: where run names are looked up.
+
+    Raises:
+        ConfigError: see ``compose`` and ``build_config``.
+        RunError: no such run, or one that another command made.
+    """
+    resume, overrides = take_run(request.overrides, "resume")
+    composed = compose(overrides, request.conf_dirs, defaults)
+    if resume is None:
+        raw = composed
+        folder = get_path(raw, "run.dir")
+        stored = read_run(Path(folder)) if isinstance(folder, str) and (Path(folder) / "run.json").exists() else None
+    else:
+        stored = read_run(find_run(resume, runs_root))
+        if stored.command != request.command:
+            raise RunError(
+                f"resume={resume}: {stored.dir} was made by {stored.command}, not {request.command}; "
+                f"use `python -m pipeline {stored.command} resume={resume}`"
+            )
+        raw = _overlay(stored.raw, composed, parse_overrides(overrides, request.conf_dirs))
+        set_path(raw, "run.dir", str(stored.dir))
+    extends = _extend(raw, stored)
+    return LoadedConfig(build_config(raw, request.command), extends)
+
+
+def take_run(overrides: Sequence[str], key: str) -> tuple[str | None, list[str]]:
+    """Separates ``key=RUN`` (``resume``, or ``run`` of evaluate) from the overrides of the configuration.
+
+    Returns:
+        RUN, none if it is not given, and the other overrides.
+
+    Raises:
+        ConfigError: given more than once, or without a value.
+    """
+    given = [text.removeprefix(f"{key}=") for text in overrides if text.startswith(f"{key}=")]
+    if len(given) > 1:
+        raise ConfigError(f"{key} is given {len(given)} times ({', '.join(given)}); give it once")
+    if given and not given[0]:
+        raise ConfigError(f"{key}=: expected a run folder or a name under runs/, got nothing")
+    return (given[0] if given else None), [text for text in overrides if not text.startswith(f"{key}=")]
+
+
+def _overlay(stored: dict[str, Any], composed: dict[str, Any], overrides: Sequence[ParsedOverride]) -> dict[str, Any]:
+    """The stored configuration with only what the user names now taken from the composed one."""
+    raw = copy.deepcopy(stored)
+    for override in sorted(overrides, key=lambda override: not override.is_group):
+        if override.is_group and override.key not in composed:
+            raise ConfigError(
+                f"{override.text}: cannot be combined with resume=, which keeps what the run began with; "
+                "give the single keys instead"
+            )
+        if override.key == "run.dir":
+            raise ConfigError("run.dir: cannot be combined with resume=, which already names the folder; give one")
+        value = get_path(composed, override.key, _ABSENT)
+        if value is _ABSENT:
+            drop_path(raw, override.key)
+        else:
+            set_path(raw, override.key, value)
+    return raw
+
+
+def _extend(raw: dict[str, Any], stored: StoredRun | None) -> bool:
+    """Turns ``+N`` into the stored total plus N."""
+    extends = False
+    for path in _EXTENDABLE:
+        value = get_path(raw, path)
+        if not (isinstance(value, str) and re.fullmatch(r"\+\d+", value)):
+            continue
+        if stored is None:
+            raise ConfigError(
+                f"{path}={value}: adds to a run that exists; name it with resume=RUN, or give a total ({path}=N)"
+            )
+        set_path(raw, path, get_path(stored.raw, path) + int(value))
+        extends = True
+    return extends

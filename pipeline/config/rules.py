@@ -1,0 +1,118 @@
+"""Rules over several fields of a configuration. Each yields what is wrong; all are checked, none stops at the first."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from pipeline.config.schema import Config
+
+# Commands whose run learns from the teacher in the configuration.
+_LEARNS_FROM_TEACHER = frozenset({"distill", "validate"})
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a configuration.
+
+    Attributes:
+        path: dotted path of the field to change.
+        text: expected, given, and what to do.
+    """
+
+    path: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.text}"
+
+
+def check_rules(config: Config, command: str) -> list[Problem]:
+    """Everything in a valid configuration that cannot work together under ``command``."""
+    return [problem for rule in _RULES for problem in rule(config, command)]
+
+
+def _teacher_is_given(config: Config, command: str) -> Iterator[Problem]:
+    if not config.loss.needs_teacher:
+        return
+    if command == "train-teacher":
+        yield Problem(
+            "loss", f"{config.loss.name} learns from a teacher, but train-teacher makes one; use loss=cross_entropy"
+        )
+    if command in _LEARNS_FROM_TEACHER and config.teacher.checkpoint is None:
+        yield Problem(
+            "teacher.checkpoint",
+            f"not set, but loss={config.loss.name} learns from a teacher; train one with `python -m pipeline "
+            "train-teacher` and give teacher.checkpoint=<its run folder>, or use loss=cross_entropy",
+        )
+
+
+def _source_exists(config: Config, command: str) -> Iterator[Problem]:
+    if config.teacher.source != "online":
+        yield Problem("teacher.source", f"{config.teacher.source} is not available yet; use teacher.source=online")
+
+
+def _blocks_per_step(config: Config, command: str) -> Iterator[Problem]:
+    blocks, workers = config.train.blocks_per_step, config.cluster.num_workers
+    if blocks is not None and blocks % workers:
+        yield Problem(
+            "train.blocks_per_step",
+            f"expected a multiple of cluster.num_workers={workers}, got {blocks}; "
+            "the workers share the blocks of a step equally",
+        )
+
+
+def _one_worker(config: Config, command: str) -> Iterator[Problem]:
+    cluster = config.cluster
+    if cluster.name != "ray" and cluster.num_workers != 1:
+        yield Problem(
+            "cluster.num_workers",
+            f"cluster={cluster.name} trains in one process, so expected 1, got {cluster.num_workers}; "
+            "use cluster=ray for several workers",
+        )
+
+
+def _selection_metric(config: Config, command: str) -> Iterator[Problem]:
+    from pipeline.evaluation.metrics import METRIC_DIRECTIONS, TEACHER_METRICS
+
+    has_teacher = config.loss.needs_teacher and command != "train-teacher"
+    known = [f"val/{name}" for name in METRIC_DIRECTIONS if has_teacher or name not in TEACHER_METRICS]
+    given = config.train.select_by
+    if given not in known:
+        near = difflib.get_close_matches(given, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        yield Problem("train.select_by", f"expected one of {', '.join(known)}, got {given!r}{hint}")
+
+
+def _warmup_fits(config: Config, command: str) -> Iterator[Problem]:
+    warmup, epochs = config.train.optimizer.warmup_epochs, config.train.epochs
+    if warmup > epochs:
+        yield Problem("train.optimizer.warmup_epochs", f"expected at most train.epochs={epochs}, got {warmup:g}")
+
+
+def _no_password(config: Config, command: str) -> Iterator[Problem]:
+    uri = config.tracking.uri
+    try:
+        password = urlsplit(uri).password if uri else None
+    except ValueError:
+        yield Problem("tracking.uri", "expected an address such as http://host:5000 or sqlite:///mlflow.db")
+        return
+    if password:  # it would be stored in the run folder and shown in the tracker
+        yield Problem(
+            "tracking.uri",
+            "holds a password, which would be stored with the run; give it in the environment "
+            "(MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN)",
+        )
+
+
+_RULES: tuple[Callable[[Config, str], Iterator[Problem]], ...] = (
+    _teacher_is_given,
+    _source_exists,
+    _blocks_per_step,
+    _one_worker,
+    _selection_metric,
+    _warmup_fits,
+    _no_password,
+)

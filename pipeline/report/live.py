@@ -1,0 +1,205 @@
+"""The live view of a run: one calm panel on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.contracts.events import Event
+from pipeline.report.state import RunState
+from pipeline.report.tables import MAX_WIDTH, format_number
+
+_STEP_LINE_EVERY_S = 10.0
+_METRICS_SHOWN = ("top1", "nll", "ece", "agreement")
+_REFRESHES_PER_S = 4
+
+
+class LiveView:
+    """Shows a run's events as they come.
+
+    Args:
+        title: name of the run.
+        folder: the run folder.
+        with_teacher: whether waiting for data means waiting for the teacher.
+        console: where to write; stdout unless given.
+    """
+
+    def __init__(self, title: str, folder: Path, *, with_teacher: bool, console: Console | None = None) -> None:
+        self._title = title
+        self._folder = folder
+        self._console = console or Console(highlight=False)
+        self._state = RunState(with_teacher)
+        self._lock = threading.Lock()  # the panel is drawn from another thread
+        self._live: Live | None = None
+        self._last_step_line: float | None = None
+        self._stage_starts: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=_REFRESHES_PER_S)
+            self._live.start()
+        else:
+            self._print(f"run {self._title} in {self._folder}")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leaves the last panel standing; lines need no closing."""
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def show(self, event: Event) -> None:
+        """Takes the next event in; may be called from any thread."""
+        with self._lock:
+            self._state.update(event)
+            line = None if self._live else self._describe(event)
+        if line:
+            self._print(f"{time.strftime('%H:%M:%S', time.localtime(event.time))} {line}")
+
+    def _print(self, line: str) -> None:
+        self._console.print(Text(line), soft_wrap=True)
+
+    def _describe(self, event: Event) -> str | None:
+        """The line for an event, if it deserves one."""
+        data = event.data
+        if event.kind == "stage":
+            return self._describe_stage(event)
+        if event.kind == "evaluation":
+            return _summarise(data) + (" (best so far)" if data.get("best") else "")
+        if event.kind == "warning":
+            return f"warning: {data.get('message', '')}"
+        if event.kind == "status":
+            message = f": {data['message']}" if data.get("message") else ""
+            return f"{data.get('status', '')}{message}"
+        if event.kind == "step":
+            return self._describe_step(event)
+        return None
+
+    def _describe_stage(self, event: Event) -> str:
+        name, state = str(event.data.get("name", "")), str(event.data.get("state", ""))
+        detail = f": {event.data['detail']}" if event.data.get("detail") else ""
+        if state == "started":
+            self._stage_starts[name] = event.time
+        elif name in self._stage_starts:
+            state += f" after {format_duration(event.time - self._stage_starts.pop(name))}"
+        return f"{name} {state}{detail}"
+
+    def _describe_step(self, event: Event) -> str | None:
+        if self._last_step_line is not None and event.time - self._last_step_line < _STEP_LINE_EVERY_S:
+            return None
+        self._last_step_line = event.time
+        state = self._state
+        left = state.time_left_s
+        parts = [self._position(), *self._speed(), _join(_losses(state)), state.bottleneck]
+        if left is not None:
+            parts.append(f"{format_duration(left)} left")
+        return ", ".join(part for part in parts if part)
+
+    def _position(self) -> str:
+        state = self._state
+        of_steps = f"/{state.num_steps:,}" if state.num_steps else ""
+        of_epochs = f" of {state.num_epochs}" if state.num_epochs else ""
+        return f"step {state.step:,}{of_steps}, {state.epoch}{of_epochs} epochs done"
+
+    def _speed(self) -> list[str]:
+        rate = self._state.samples_per_s
+        return [] if rate is None else [f"{rate:,.0f} samples/s"]
+
+    def _render(self) -> RenderableType:
+        with self._lock:
+            rows = self._rows()
+            progress = self._progress_bar()
+            warnings, num_warnings = list(self._state.warnings), self._state.num_warnings
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim", no_wrap=True)
+        grid.add_column(overflow="fold")
+        for name, value in rows:
+            grid.add_row(name, Text(value))
+            if name == "progress" and progress:
+                grid.add_row("", progress)
+        parts: list[RenderableType] = [grid]
+        for message in warnings:
+            parts.append(Text(f"warning: {message}", style="yellow", overflow="ellipsis", no_wrap=True))
+        if num_warnings > len(warnings):
+            parts.append(Text(f"({num_warnings} warnings in all, see events.jsonl)", style="dim"))
+        return Panel(Group(*parts), title=Text(self._title), width=min(self._console.width, MAX_WIDTH))
+
+    def _rows(self) -> list[tuple[str, str]]:
+        """(name, value) of everything that is known; what is not has no line."""
+        state = self._state
+        left = state.time_left_s
+        rows = [
+            ("stage", f"{state.stage} {state.stage_detail}".strip()),
+            ("progress", self._position() if state.num_steps or state.step else ""),
+            ("speed", _join([*self._speed(), state.bottleneck])),
+            ("time left", "" if left is None else format_duration(left)),
+            ("losses", _join(_losses(state))),
+            ("last", _summarise(state.evaluation)),
+            ("best", _summarise(state.best)),
+            ("teacher pool", state.pool),
+            ("status", state.status),
+            ("folder", str(self._folder)),
+        ]
+        return [(name, value) for name, value in rows if value]
+
+    def _progress_bar(self) -> ProgressBar | None:
+        if not self._state.num_steps:
+            return None
+        return ProgressBar(total=self._state.num_steps, completed=self._state.step, width=40)
+
+
+def format_duration(seconds: float) -> str:
+    """``7 s``, ``2 min 10 s``, ``3 h 05 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _join(parts: list[str]) -> str:
+    return ", ".join(part for part in parts if part)
+
+
+def _losses(state: RunState) -> list[str]:
+    return _name_values(state.losses)
+
+
+def _scores(data: Mapping[str, Any]) -> list[str]:
+    """The metrics worth a line, in a fixed order; all of them if none of these is there."""
+    metrics = {name.rpartition("/")[2]: value for name, value in (data.get("metrics") or {}).items()}
+    chosen = {name: metrics[name] for name in _METRICS_SHOWN if name in metrics}
+    return _name_values(chosen or metrics)
+
+
+def _name_values(values: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name.removeprefix('train/')} {format_number(value)}"
+        for name, value in values.items()
+        if isinstance(value, int | float)
+    ]
+
+
+def _summarise(data: Mapping[str, Any] | None) -> str:
+    if data is None:
+        return ""
+    where = ", ".join(f"{name} {data[name]:,}" for name in ("epoch", "step") if isinstance(data.get(name), int))
+    return f"{data.get('split', 'evaluation')} after {where or '?'}: {_join(_scores(data))}"

@@ -1,0 +1,107 @@
+"""Stores a trained classifier as an MLflow model of its run, ready to be loaded and served."""
+
+from __future__ import annotations
+
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pipeline
+from pipeline.contracts.columns import InputSpec
+from pipeline.tracking.quiet import import_mlflow
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
+    from mlflow.models import ModelSignature
+
+MODEL_NAME = "model"
+LOADER_MODULE = "pipeline.tracking.served"
+_FINGERPRINT_TAG = "fingerprint"
+# What pipeline.models imports; named, because finding out takes MLflow a second process and a minute.
+_REQUIREMENTS = ("mlflow", "numpy", "pydantic", "safetensors", "torch", "torchvision")
+
+
+def log_classifier(client: MlflowClient, run_id: str, folder: Path, step: int) -> str:
+    """Stores the classifier of ``folder`` as a model of the run, once for each set of weights.
+
+    The model holds the weights, the card and this package's source, no pickle. It takes uint8
+    pixels (rows, channels, height, width), or float32 (rows, features), and returns float32
+    probabilities (rows, num_classes).
+
+    Args:
+        client: connected to the server that has the run.
+        run_id: the run that the model belongs to.
+        folder: holds ``model.safetensors`` and ``model.json``.
+        step: optimizer step at which the weights were taken.
+
+    Returns:
+        MLflow's id of the model (``models:/<id>``).
+    """
+    import_mlflow()
+    from mlflow import pyfunc
+    from mlflow.entities import LoggedModelStatus
+    from mlflow.models import Model
+
+    from pipeline.models.weights import read_card
+
+    card = read_card(folder)
+    model = _find_model(client, run_id, card.fingerprint) or _create_model(client, run_id, card.fingerprint, step)
+    if model.status == LoggedModelStatus.READY:
+        return model.model_id
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / MODEL_NAME
+        pyfunc.save_model(
+            path=path,
+            mlflow_model=Model(
+                artifact_path=model.artifact_location,
+                run_id=run_id,
+                model_uuid=model.model_id,
+                model_id=model.model_id,
+                metadata={"class_names": list(card.input["class_names"]), _FINGERPRINT_TAG: card.fingerprint},
+            ),
+            loader_module=LOADER_MODULE,
+            data_path=str(folder),
+            code_paths=[str(Path(pipeline.__file__).parent)],
+            signature=build_signature(InputSpec.from_dict(card.input)),
+            pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in _REQUIREMENTS],
+        )
+        client.log_model_artifacts(model.model_id, str(path))
+    client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+    return model.model_id
+
+
+def build_signature(spec: InputSpec) -> ModelSignature:
+    """Tensor signature: inputs as ``spec`` says, outputs one probability per class."""
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    dtype = np.dtype(np.uint8) if spec.kind == "image" else np.dtype(np.float32)
+    return ModelSignature(
+        inputs=Schema([TensorSpec(dtype, (-1, *spec.shape))]),
+        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, spec.num_classes))]),
+    )
+
+
+def _find_model(client: MlflowClient, run_id: str, fingerprint: str) -> LoggedModel | None:
+    """The run's model with these weights, complete or left half-uploaded by a lost connection."""
+    outputs = client.get_run(run_id).outputs
+    for output in outputs.model_outputs if outputs else []:
+        model = client.get_logged_model(output.model_id)
+        if model.tags.get(_FINGERPRINT_TAG) == fingerprint:
+            return model
+    return None
+
+
+def _create_model(client: MlflowClient, run_id: str, fingerprint: str, step: int) -> LoggedModel:
+    from mlflow.entities import LoggedModelOutput
+
+    experiment_id = client.get_run(run_id).info.experiment_id
+    tags = {_FINGERPRINT_TAG: fingerprint}
+    model = client.create_logged_model(
+        experiment_id, MODEL_NAME, source_run_id=run_id, tags=tags, model_type="classifier"
+    )
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=step)])
+    return model

@@ -1,0 +1,188 @@
+"""The tracker and a real MLflow server that comes and goes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.contracts.columns import InputSpec
+from pipeline.contracts.events import Event, Journal
+from pipeline.errors import TrackingError
+from pipeline.tracking import Tracker
+
+START_TIMEOUT_S = 90.0
+TIMEOUT_S = 90.0
+
+
+class Server:
+    """``mlflow server`` on a free port of this machine; the port stays the same when started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Starts it, unless it runs, and waits until it answers."""
+        if self._process:
+            return
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--workers", "1"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with (self.folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                command, cwd=self.folder, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not self._is_healthy():
+            assert self._process.poll() is None, self._log()
+            assert time.monotonic() < deadline, self._log()
+            time.sleep(0.1)  # between two polls
+
+    def kill(self) -> None:
+        """Ends it and its workers as a crash would."""
+        if self._process:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def _is_healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=1) as reply:
+                return bool(reply.status == 200)
+        except OSError:
+            return False
+
+    def _log(self) -> str:
+        return (self.folder / "server.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Not started yet; one for all tests, because starting it takes ten seconds."""
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.kill()
+
+
+def open_tracker(server: Server, run_dir: Path, required: bool) -> Tracker:
+    return Tracker.open(
+        server.uri,
+        "an experiment",
+        run_dir,
+        "digits/kd/s0",
+        required=required,
+        params={"loss": {"name": "kd"}, "train": {"note": ""}},
+        tags={"command": "distill"},
+        dataset={"name": "digits", "fingerprint": "abcdef", "num_rows": 10, "path": "digits"},
+    )
+
+
+def step_event(step: int) -> Event:
+    return Event("step", {"step": step, "epoch": 0, "metrics": {"train/loss": 1 / (step + 1)}, "data_wait": 0.1})
+
+
+def mlflow_client(server: Server) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(server.uri)
+
+
+def sent_steps(server: Server, tracker: Tracker) -> list[int]:
+    return [point.step for point in mlflow_client(server).get_metric_history(tracker.run_id, "train/loss")]
+
+
+def test_server_that_crashes_gets_the_whole_history(server: Server, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    server.kill()
+    with pytest.raises(TrackingError, match="cannot be reached"):
+        open_tracker(server, run_dir, required=True)
+
+    # Not there at the start: the run begins without it.
+    journal = Journal(run_dir / "events.jsonl")
+    journal.emit(Event("status", {"status": "running"}))
+    tracker = open_tracker(server, run_dir, required=False)
+    for step in range(10):
+        journal.emit(step_event(step))
+    assert not tracker.flush(0.1)
+    server.start()
+    assert tracker.flush(TIMEOUT_S), tracker.problem
+    assert tracker.run_id
+    assert sent_steps(server, tracker) == list(range(10))
+
+    # It crashes while the run goes on.
+    server.kill()
+    for step in range(10, 1500):
+        journal.emit(step_event(step))
+    assert not tracker.flush(1.0)
+    assert "cannot be reached" in str(tracker.problem)
+
+    # The driver ends before it is back, and another one goes on with the run.
+    assert not tracker.close(0.1)
+    run_id = tracker.run_id
+    server.start()
+    tracker = open_tracker(server, run_dir, required=True)
+    (run_dir / "notes.txt").write_text("kept")
+    journal.emit(Event("artifact", {"path": "notes.txt", "folder": "run"}))
+    journal.emit(Event("status", {"status": "killed", "message": "stopped by signal 15"}))
+    assert tracker.close(TIMEOUT_S), tracker.problem
+    assert tracker.run_id == run_id
+    assert sent_steps(server, tracker) == list(range(1500))
+
+    client = mlflow_client(server)
+    run = client.get_run(run_id)
+    assert (run.info.status, run.data.params) == ("KILLED", {"loss.name": "kd", "train.note": ""})
+    assert [file.path for file in client.list_artifacts(run_id, "run")] == ["run/notes.txt"]
+
+
+def test_model_from_the_server_works_on_its_own(server: Server, tmp_path: Path) -> None:
+    """Loaded by a process that does not have this checkout on its path, as a model server's."""
+    import torch
+
+    from pipeline.models import MODELS, ModelCard, build_classifier, save_model
+
+    run_dir = tmp_path / "run"
+    spec = InputSpec("features", (5,), ("a", "b"))
+    params: Any = MODELS.get("mlp").model_validate({"name": "mlp", "hidden": [4]})
+    classifier = build_classifier(params, spec).eval()
+    save_model(run_dir / "model", classifier, ModelCard.describe(params, classifier, {}, "data"))
+    Journal(run_dir / "events.jsonl").emit(Event("model", {"path": str(run_dir / "model")}))
+    server.start()
+    tracker = open_tracker(server, run_dir, required=True)
+    assert tracker.close(TIMEOUT_S), tracker.problem
+
+    (output,) = mlflow_client(server).get_run(tracker.run_id).outputs.model_outputs
+    inputs = np.linspace(-1, 1, 15, dtype=np.float32).reshape(3, 5)
+    np.save(tmp_path / "inputs.npy", inputs)
+    script = (
+        "import mlflow, numpy\n"
+        f"model = mlflow.pyfunc.load_model('models:/{output.model_id}')\n"
+        f"numpy.save('{tmp_path}/outputs.npy', model.predict(numpy.load('{tmp_path}/inputs.npy')))\n"
+        "import pipeline; print(pipeline.__file__)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"MLFLOW_TRACKING_URI": server.uri, "MLFLOW_DISABLE_TELEMETRY": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "code/pipeline/__init__.py" in done.stdout
+    with torch.inference_mode():
+        expected = classifier(torch.from_numpy(inputs)).softmax(-1).numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "outputs.npy"), expected, rtol=1e-5)
