@@ -31,6 +31,7 @@ def run(command: str, name: str, *overrides: str) -> dict[str, object]:
 
 
 def main() -> None:
+    """Trains the three networks and prints the table."""
     started = time.monotonic()
     teacher = run("train-teacher", "teacher", *TEACHER, "experiment=digits_demo", "cluster=inprocess")
     checkpoint = f"teacher.checkpoint={RUNS / 'demo-teacher'}"

@@ -65,6 +65,7 @@ def demand_rows(demands: list[Demand], available: dict[str, float] | None) -> li
 
 
 def show_resources(resources: dict[str, float]) -> str:
+    """``2 CPU, 1 GPU``; what is zero is left out."""
     return ", ".join(f"{amount:g} {name}" for name, amount in resources.items() if amount) or "-"
 
 

@@ -261,6 +261,7 @@ def chain_streams(
 
 
 def segment_name(index: int) -> str:
+    """What Ray Train calls a segment's dataset."""
     return f"train-{index:04d}"
 
 

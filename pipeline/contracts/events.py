@@ -79,17 +79,21 @@ class Journal:
         with self._lock, self.path.open("a", encoding="utf-8") as file:
             file.write(event.to_json() + "\n")
 
-    def read(self, offset: int = 0) -> Iterator[tuple[Event, int]]:
-        """Complete events from byte ``offset`` on, each with the offset of what follows it."""
-        if not self.path.exists():
-            return
-        with self.path.open("rb") as file:
-            file.seek(offset)
-            for line in file:
-                if not line.endswith(b"\n"):  # being written right now
-                    return
-                offset += len(line)
-                yield Event.from_json(line.decode("utf-8")), offset
+
+def read_events(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
+    """Complete events of a journal from byte ``offset`` on, each with the offset of what follows it.
+
+    For readers: making a ``Journal`` cuts off an incomplete last line, which only its writer may do.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):  # being written right now
+                return
+            offset += len(line)
+            yield Event.from_json(line.decode("utf-8")), offset
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -95,11 +95,9 @@ def _cluster(config: Config) -> str:
         ) as started,
     ):
         check_demand(demands)
-        capacity = {
-            name: amount for name, amount in cluster_capacity().items() if name in ("CPU", "GPU") or name.islower()
-        }
-        shown = {name: amount for name, amount in capacity.items() if "memory" not in name}
-        return f"{'joined a cluster' if found else 'started one here'} with {show_resources(shown)}"
+        # Ray counts bytes of memory and the names of nodes among the resources.
+        capacity = {name: n for name, n in cluster_capacity().items() if "memory" not in name and ":" not in name}
+        return f"{'can start one here' if started else 'joined one'} with {show_resources(capacity)}"
 
 
 def _checks() -> Iterator[tuple[str, Callable[[Config], str]]]:

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from pipeline.config.runs import Run
-from pipeline.contracts.events import Event, Journal
+from pipeline.contracts.events import Event, Journal, read_events
 from pipeline.errors import PipelineError
 from pipeline.report.live import LiveView
 from pipeline.tracking import Tracker
@@ -113,7 +113,7 @@ class RunSession:
             self._show_new()
 
     def _show_new(self) -> None:
-        for event, offset in self.journal.read(self._offset):
+        for event, offset in read_events(self.journal.path, self._offset):
             self._offset = offset
             self._view.show(event)
             for listener in self._listeners:

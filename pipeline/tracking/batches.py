@@ -6,7 +6,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,23 +78,6 @@ class Batch:
 
     def _append(self, event: Event, key: str, value: Any, step: int) -> None:
         self.points.append(Point(key, float(value), int(event.time * 1000), step))
-
-
-def read_journal(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
-    """Complete events from byte ``offset`` on, each with the offset of what follows it.
-
-    Not ``Journal.read``: making a ``Journal`` cuts off an incomplete last line, which is right for
-    the process that writes, and would destroy what it is writing at this moment for one that reads.
-    """
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        file.seek(offset)
-        for line in file:
-            if not line.endswith(b"\n"):
-                return
-            offset += len(line)
-            yield Event.from_json(line.decode("utf-8")), offset
 
 
 def collect(events: Iterable[tuple[Event, int]], progress: Progress) -> Batch | None:

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.contracts.events import read_events
 from pipeline.errors import TrackingError
 from pipeline.tracking.address import check_reachable, check_uri, strip_credentials
-from pipeline.tracking.batches import Batch, clean_key, collect, flatten, format_warning, read_journal
+from pipeline.tracking.batches import Batch, clean_key, collect, flatten, format_warning
 from pipeline.tracking.connection import Connection, RunInfo
 from pipeline.tracking.progress import Progress
 
@@ -167,7 +168,7 @@ class Tracker:
         self._store(connection.open_run(self._info, self._progress))
         self._warnings = [
             format_warning(event)
-            for event, end in read_journal(self._journal_path)
+            for event, end in read_events(self._journal_path)
             if event.kind == "warning" and end <= self._progress.offset
         ]
         with self._changed:
@@ -177,7 +178,7 @@ class Tracker:
 
     def _send_next(self, connection: Connection) -> bool:
         """Sends one batch; returns whether there was one."""
-        batch = collect(read_journal(self._journal_path, self._progress.offset), self._progress)
+        batch = collect(read_events(self._journal_path, self._progress.offset), self._progress)
         if batch is None:
             return False
         connection.log_records(batch)

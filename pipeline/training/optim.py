@@ -47,5 +47,6 @@ def learning_rate(params: OptimizerParams, plan: RunPlan, step: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets the rate of every group."""
     for group in optimizer.param_groups:
         group["lr"] = rate

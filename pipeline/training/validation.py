@@ -112,7 +112,7 @@ class EvaluationSet:
         names = spec.class_names
         return Evaluation(
             tally.compute(PREFIXES[self.split]),
-            {name: value for name, value in zip(names, tally.per_class(), strict=True)},
+            dict(zip(names, tally.per_class(), strict=True)),
         )
 
     def _batches(self, rank: int, world_size: int) -> Iterator[dict[str, Any]]:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.contracts.events import Event, Journal
-from pipeline.tracking.batches import MAX_POINTS, clean_key, collect, flatten, read_journal
+from pipeline.contracts.events import Event, Journal, read_events
+from pipeline.tracking.batches import MAX_POINTS, clean_key, collect, flatten
 from pipeline.tracking.progress import Progress
 
 
@@ -23,10 +23,10 @@ def test_reading_leaves_an_unfinished_line_alone(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write('{"kind": "step", "ti')
     content = path.read_bytes()
-    assert [end for _, end in read_journal(path)] == [whole]
-    assert list(read_journal(path, whole)) == []
+    assert [end for _, end in read_events(path)] == [whole]
+    assert list(read_events(path, whole)) == []
     assert path.read_bytes() == content
-    assert list(read_journal(tmp_path / "none")) == []
+    assert list(read_events(tmp_path / "none")) == []
 
 
 def test_batch_ends_at_what_is_costly_and_at_the_limit() -> None:
