@@ -15,8 +15,7 @@ from pathlib import Path
 from pipeline.report.tables import render_table
 
 RUNS = Path("runs")
-TEACHER = ["teacher.width=32"]
-STUDENT = ["student.width=4", "experiment=digits_demo"]
+DEMO = "experiment=digits_demo"  # data, networks and schedule: conf/experiment/digits_demo.yaml
 
 
 def run(command: str, name: str, *overrides: str) -> dict[str, object]:
@@ -33,10 +32,10 @@ def run(command: str, name: str, *overrides: str) -> dict[str, object]:
 def main() -> None:
     """Trains the three networks and prints the table."""
     started = time.monotonic()
-    teacher = run("train-teacher", "teacher", *TEACHER, "experiment=digits_demo", "cluster=inprocess")
+    teacher = run("train-teacher", "teacher", DEMO, "cluster=inprocess")
     checkpoint = f"teacher.checkpoint={RUNS / 'demo-teacher'}"
-    student = run("distill", "student", *TEACHER, *STUDENT, checkpoint)
-    alone = run("distill", "alone", *STUDENT, "loss=cross_entropy", "cluster=inprocess")
+    student = run("distill", "student", DEMO, checkpoint)
+    alone = run("distill", "alone", DEMO, "loss=cross_entropy", "cluster=inprocess")
 
     rows = []
     for label, result in (("teacher", teacher), ("student, distilled", student), ("student alone", alone)):

@@ -99,6 +99,8 @@ def _log_to(path: Path) -> logging.Handler:
         logger.propagate = False
 
     def write_lines(data: dict[str, Any], ignore_prefix: bool = False) -> None:
+        if data["pid"] == "autoscaler":  # a page of status every few seconds, also where nothing scales
+            return
         who = data.get("actor_name") or data.get("task_name") or ""
         for line in data["lines"]:
             record = logging.LogRecord("ray.process", logging.INFO, "", 0, f"{who}({data['pid']}) {line}", None, None)
