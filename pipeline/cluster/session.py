@@ -28,6 +28,12 @@ _ENVIRONMENT = {
 }
 
 
+def set_environment() -> None:
+    """Sets what Ray reads when it starts, except where the user did."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
 @contextmanager
 def ray_session(
     address: str | None, demands: list[Demand], object_store_bytes: int | None, log_file: Path
@@ -42,8 +48,7 @@ def ray_session(
         object_store_bytes: size of the object store of a cluster started here.
         log_file: takes Ray's own log lines.
     """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_environment()
     import ray
 
     if ray.is_initialized():  # a test or a notebook brought its own
@@ -103,6 +108,8 @@ def _log_to(path: Path) -> logging.Handler:
             return
         who = data.get("actor_name") or data.get("task_name") or ""
         for line in data["lines"]:
+            if "State API may be temporarily unavailable" in line:  # every second, on a cluster without dashboard
+                continue
             record = logging.LogRecord("ray.process", logging.INFO, "", 0, f"{who}({data['pid']}) {line}", None, None)
             handler.handle(record)
 

@@ -93,6 +93,7 @@ class StreamPlan:
         max_read_tasks: reads in parallel.
         object_store_bytes: share of the object store for the stream; none: Ray Data's default.
         no_progress_timeout_s: how long an execution may stand still before it is an error.
+        blocks_per_step: blocks of an optimizer step; the number of workers divides it.
     """
 
     blocks: ray.ObjectRef[Any]
@@ -106,6 +107,7 @@ class StreamPlan:
     max_read_tasks: int = 2
     object_store_bytes: int | None = None
     no_progress_timeout_s: float = 1_800.0
+    blocks_per_step: int = 1
     logits_only: bool = False
     num_rows: int | None = None  # where the last block may be short
 
@@ -116,12 +118,13 @@ class StreamPlan:
 
     @property
     def blocks_per_segment(self) -> int:
-        return self.blocks_per_task * TASKS_PER_SEGMENT
+        """A multiple of a step's blocks, or the splitter would cut the last ones of a segment into parts."""
+        return max(self.blocks_per_task * TASKS_PER_SEGMENT // self.blocks_per_step, 1) * self.blocks_per_step
 
 
-def share(blocks: BlockReader) -> ray.ObjectRef[Any]:
-    """Puts a reader, with the table it may hold, into the object store: one copy a node, read in place."""
-    return ray.put(blocks)
+def share(value: Any) -> ray.ObjectRef[Any]:
+    """Puts a reader or data source, with the table it may hold, into the object store: one copy a node."""
+    return ray.put(value)
 
 
 class _BlockSource(Datasource):

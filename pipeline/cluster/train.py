@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -56,8 +55,11 @@ class FitPlan:
     with_teacher: bool
 
 
-def fit(plan: FitPlan, stream: StreamPlan, emitter: Emitter) -> Path:
+def fit(plan: FitPlan, source: ray.ObjectRef[Any], stream: StreamPlan, emitter: Emitter) -> Path:
     """Trains with Ray Train, going on from the last committed checkpoint in ``plan.storage``.
+
+    Args:
+        source: reference to the opened ``pipeline.data.DataSource``: workers need not read every footer again.
 
     Returns:
         folder of the last committed checkpoint.
@@ -74,7 +76,12 @@ def fit(plan: FitPlan, stream: StreamPlan, emitter: Emitter) -> Path:
     read_cursor = partial(committed_cursor, str(plan.storage))
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"plan": plan, "blocks_per_segment": stream.blocks_per_segment, "emitter": emitter},
+        train_loop_config={
+            "plan": plan,
+            "source": source,
+            "blocks_per_segment": stream.blocks_per_segment,
+            "emitter": emitter,
+        },
         scaling_config=ScalingConfig(
             num_workers=plan.num_workers,
             use_gpu=plan.worker_resources.get("GPU", 0) > 0,
@@ -113,9 +120,11 @@ def committed_folder(storage: str) -> Path | None:
 def committed_cursor(storage: str) -> int:
     """Blocks consumed at the last committed checkpoint."""
     folder = committed_folder(storage)
-    if folder is None:
-        return 0
-    # Written by pipeline.training.state, which imports torch; this runs where torch is not wanted.
+    return 0 if folder is None else _read_cursor(folder)
+
+
+def _read_cursor(folder: Path) -> int:
+    # Written by pipeline.training.state, which imports torch; this also runs where torch is not wanted.
     cursor: int = json.loads((folder / "cursor.json").read_text())["cursor"]
     return cursor
 
@@ -138,27 +147,37 @@ def _worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(plan.num_threads)
     try:
         context = RayWorkerContext(config["emitter"])
-        source = plan.spec.data.open()
-        shards = ShardSource(config["blocks_per_segment"], plan.num_blocks, plan.with_teacher)
-        train(build_job(plan.spec, source), context, shards)
+        shards = ShardSource(config["blocks_per_segment"], plan.num_blocks, plan.with_teacher, context.cursor())
+        train(build_job(plan.spec, ray.get(config["source"])), context, shards)
     except Exception as error:
         _record_fatal(error, plan.storage / _FATAL_FILE)
         raise
 
 
 class ShardSource:
-    """This worker's share of the stream, segment after segment."""
+    """This worker's share of the stream, segment after segment.
 
-    def __init__(self, blocks_per_segment: int, num_blocks: int, with_teacher: bool) -> None:
-        self._size, self._num_blocks, self._with_teacher = blocks_per_segment, num_blocks, with_teacher
+    It asks for the first block at once: the stream takes seconds to start, and the network is built meanwhile.
+
+    Args:
+        start: the block that the restored checkpoint stands at.
+    """
+
+    def __init__(self, blocks_per_segment: int, num_blocks: int, with_teacher: bool, start: int) -> None:
+        from pipeline.training import ReadAhead
+
+        count = len(segments(blocks_per_segment, start, num_blocks)) if start < num_blocks else 0
+        shards = (ray.train.get_dataset_shard(segment_name(index)) for index in range(count))
+        self._start = start
+        self._blocks = ReadAhead(_as_blocks(iterate_stream(shards, with_teacher)), depth=1)
 
     def blocks(self, start: int) -> Iterator[Any]:
-        from pipeline.training import Block
-
-        count = len(segments(self._size, start, self._num_blocks))
-        shards = (ray.train.get_dataset_shard(segment_name(index)) for index in range(count))
-        for block in iterate_stream(shards, self._with_teacher):
-            yield Block(**block)
+        """See ``pipeline.training.BatchSource``; the stream stands at one place only."""
+        if start != self._start:
+            raise errors.StreamError(
+                f"the stream starts at block {self._start} but block {start} is due; resume the run"
+            )
+        return self._blocks
 
 
 class DriverSource:
@@ -168,15 +187,18 @@ class DriverSource:
         self._stream, self._num_blocks, self._with_teacher = stream, num_blocks, with_teacher
 
     def blocks(self, start: int) -> Iterator[Any]:
-        from pipeline.training import Block
-
         # A coordinator process of its own runs the execution, so that it does not share this one's lock.
         shards = (
             build_stream(self._stream, begin, end).streaming_split(1, equal=True)[0]
             for begin, end in segments(self._stream.blocks_per_segment, start, self._num_blocks)
         )
-        for block in iterate_stream(shards, self._with_teacher):
-            yield Block(**block)
+        return _as_blocks(iterate_stream(shards, self._with_teacher))
+
+
+def _as_blocks(stream: Iterator[dict[str, Any]]) -> Iterator[Any]:
+    from pipeline.training import Block
+
+    return (Block(**block) for block in stream)
 
 
 class RayWorkerContext:
@@ -191,9 +213,16 @@ class RayWorkerContext:
         self.device = ray.train.torch.get_device()
         self._emitter = emitter
 
-    def resume_folder(self) -> Path | None:
         checkpoint = ray.train.get_checkpoint()
-        return None if checkpoint is None else Path(checkpoint.to_directory(tempfile.mkdtemp(prefix="resume-")))
+        # The storage is a folder that every node sees, so the checkpoint is read where it lies.
+        self._folder = None if checkpoint is None else Path(checkpoint.path)
+
+    def resume_folder(self) -> Path | None:
+        return self._folder
+
+    def cursor(self) -> int:
+        """Blocks consumed at the checkpoint that this worker restores."""
+        return 0 if self._folder is None else _read_cursor(self._folder)
 
     def wrap(self, network: Any) -> Any:
         if self.world_size == 1:

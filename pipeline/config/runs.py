@@ -127,11 +127,10 @@ class Run:
         Returns:
             Path of ``result.json``.
         """
-        tracking = self.dir / "tracking.json"
         result = {
             "status": status,
             "run_dir": str(self.dir),
-            "mlflow_run_id": read_json(tracking).get("run_id") if tracking.exists() else None,
+            "mlflow_run_id": _read_run_id(self.dir),
             "config_hash": self.config_hash,
             "metrics": dict(metrics),
             "exit_code": exit_code,
@@ -142,6 +141,15 @@ class Run:
         self.set_status(status, error or "")
         self.finished = status == "finished"
         return self.result_path
+
+    def refresh_result(self) -> None:
+        """Puts the tracker's id of the run into ``result.json``, for a run that was finished without one."""
+        _write_json(self.result_path, self.read_result() | {"mlflow_run_id": _read_run_id(self.dir)})
+
+
+def _read_run_id(folder: Path) -> str | None:
+    path = folder / "tracking.json"
+    return read_json(path).get("run_id") if path.exists() else None
 
 
 def open_run(

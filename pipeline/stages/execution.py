@@ -165,6 +165,7 @@ class _OnRay(_Speed):
         return best
 
     def _train_in_workers(self, logits: Path | None) -> BestRecord:
+        from pipeline.cluster.stream import share
         from pipeline.cluster.train import FitPlan, fit
 
         work, cluster = self._work, self._work.config.cluster
@@ -178,7 +179,8 @@ class _OnRay(_Speed):
             max_failures=cluster.max_failures,
             with_teacher=work.teacher is not None,
         )
-        saved = read_state(fit(plan, self._training_stream(), self._drain.emitter))["best"]
+        folder = fit(plan, share(work.source), self._training_stream(), self._drain.emitter)
+        saved = read_state(folder)["best"]
         return _kept(None if saved is None else BestRecord(**saved))
 
     def _train_in_driver(self, logits: Path | None) -> BestRecord:
@@ -235,6 +237,7 @@ class _OnRay(_Speed):
             max_read_tasks=_num_data_tasks(work.config),
             object_store_bytes=config.cluster.object_store_bytes,
             no_progress_timeout_s=config.teacher.pool.no_progress_timeout_s,
+            blocks_per_step=work.plan.blocks_per_step,
         )
 
     def _pool_plan(self) -> PoolPlan | None:

@@ -16,10 +16,11 @@ from pipeline.config.runs import Run
 from pipeline.contracts.events import Event, Journal, read_events
 from pipeline.errors import PipelineError
 from pipeline.report.live import LiveView
-from pipeline.tracking import Tracker
+from pipeline.tracking import Tracker, has_unsent
 
 _KILL_FLUSH_S = 1.0  # a job is killed three seconds after it was told to stop
 _CLOSE_FLUSH_S = 60.0
+_AWAY_FLUSH_S = 5.0  # a server that is away may take hours; the run is not held up for it
 _LOOK_S = 0.25
 
 
@@ -42,17 +43,7 @@ class RunSession:
         self.began = False
         self.journal = Journal(run.dir / "events.jsonl")
         self._offset = run.dir.joinpath("events.jsonl").stat().st_size if run.resumed and _has_events(run) else 0
-        config = run.config
-        self._tracker = Tracker.open(
-            config.tracking.uri or "",
-            config.tracking.experiment,
-            run.dir,
-            run.name,
-            required=config.tracking.required,
-            params=config.to_dict(),
-            tags={"command": run.command, "config_hash": run.config_hash, **_provenance_tags(run)},
-            dataset=dataset,
-        )
+        self._tracker = _open_tracker(run, dataset, required=run.config.tracking.required)
         self._view = LiveView(run.name, run.dir, with_teacher=with_teacher)
         self._listeners: list[Callable[[Event], None]] = []
         self._stopped = threading.Event()
@@ -78,7 +69,7 @@ class RunSession:
     def finish(self, metrics: Mapping[str, float], extra: Mapping[str, Any]) -> None:
         """The run is complete: result, status, and everything sent to the tracker."""
         self.journal.emit(Event("status", {"status": "finished", "message": ""}))
-        sent = self._tracker.close(_CLOSE_FLUSH_S)
+        sent = self._tracker.close(_AWAY_FLUSH_S if self._tracker.is_away else _CLOSE_FLUSH_S)
         self._close_view()
         self.run.write_result("finished", metrics, extra)
         if not sent:
@@ -125,6 +116,32 @@ class RunSession:
             self._reader.join()
             self._show_new()
         self._view.close()
+
+
+def send_rest(run: Run, dataset: Mapping[str, Any]) -> None:
+    """Sends what the tracker lacks of a finished run, because its server was away; says what came of it."""
+    if not has_unsent(run.dir, run.config.tracking.uri or ""):
+        return
+    tracker = _open_tracker(run, dataset, required=False)
+    if not tracker.close(_CLOSE_FLUSH_S):
+        print(f"tracking: not everything was sent ({tracker.problem}); {run.resume_command} sends it")
+        return
+    run.refresh_result()
+    print("tracking: what was missing is sent")
+
+
+def _open_tracker(run: Run, dataset: Mapping[str, Any], *, required: bool) -> Tracker:
+    config = run.config
+    return Tracker.open(
+        config.tracking.uri or "",
+        config.tracking.experiment,
+        run.dir,
+        run.name,
+        required=required,
+        params=config.to_dict(),
+        tags={"command": run.command, "config_hash": run.config_hash, **_provenance_tags(run)},
+        dataset=dataset,
+    )
 
 
 def _has_events(run: Run) -> bool:

@@ -14,7 +14,7 @@ from pipeline.errors import PipelineError
 from pipeline.models import Classifier, ModelCard, build_classifier, save_model
 from pipeline.report.tables import render_table
 from pipeline.stages.execution import Execution, open_execution, preflight_rows
-from pipeline.stages.session import RunSession, run_interruptibly
+from pipeline.stages.session import RunSession, run_interruptibly, send_rest
 from pipeline.stages.work import Work, check_teacher, learns_from_teacher, prepare_work
 from pipeline.training import BestRecord, open_test
 
@@ -35,6 +35,7 @@ def run_training(request: Request, defaults: Sequence[str] = ()) -> int:
     with open_run(request.command, loaded.config, provenance=lambda: facts, extends=loaded.extends) as run:
         if run.finished:
             print(f"{run.dir} is finished; train.epochs=+N extends it, run.dir=... makes another run")
+            send_rest(run, describe_dataset(source, run))
             show_result(run)
             return 0
         work = prepare_work(run, source, teacher)

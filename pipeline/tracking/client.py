@@ -25,6 +25,12 @@ _LONGEST_WAIT_S = 30.0
 _UPLOAD_ATTEMPTS = 8
 
 
+def has_unsent(run_dir: Path, uri: str) -> bool:
+    """Whether the journal of a run holds more than the server at ``uri`` was sent; nothing is connected."""
+    journal = run_dir / JOURNAL_NAME
+    return journal.exists() and Progress.load(run_dir, strip_credentials(uri)).offset < journal.stat().st_size
+
+
 class Tracker:
     """Sends ``events.jsonl`` of a run folder to one MLflow run, and remembers how far it got.
 
@@ -112,6 +118,11 @@ class Tracker:
             return self._problem or self._given_up
         missing = self._journal_size() - self._progress.offset
         return f"{missing:,} bytes of the journal are still to be sent" if missing > 0 else None
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the last attempt to reach the server or to send failed."""
+        return self._problem is not None
 
     def flush(self, timeout_s: float) -> bool:
         """Waits until all that the journal holds now is sent.

@@ -17,6 +17,7 @@ from pipeline.training.job import (
 from pipeline.training.loop import TrainJob, train
 from pipeline.training.params import OptimizerParams, TrainParams
 from pipeline.training.plan import RunPlan, divisors
+from pipeline.training.prefetch import ReadAhead
 from pipeline.training.state import BestRecord, TrainState, read_cursor, read_state
 from pipeline.training.validation import Evaluation, EvaluationSet, open_test
 
@@ -30,6 +31,7 @@ __all__ = [
     "InProcessSource",
     "LocalContext",
     "OptimizerParams",
+    "ReadAhead",
     "RunPlan",
     "RunSpec",
     "TeacherArguments",

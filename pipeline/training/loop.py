@@ -22,7 +22,7 @@ from pipeline.training.context import BatchSource, WorkerContext, check_block
 from pipeline.training.optim import build_optimizer, learning_rate, set_learning_rate
 from pipeline.training.params import TrainParams
 from pipeline.training.plan import RunPlan
-from pipeline.training.prefetch import DeviceBlock, Prefetcher
+from pipeline.training.prefetch import DeviceBlock, ReadAhead, prefetch
 from pipeline.training.state import BestRecord, TrainState, build_ema
 from pipeline.training.validation import EvaluationSet
 
@@ -94,7 +94,7 @@ class _Loop:
         )
         if state.step >= plan.num_steps:
             return state
-        blocks = Prefetcher(source.blocks(state.step * plan.blocks_per_step), self.context.device)
+        blocks = prefetch(source.blocks(state.step * plan.blocks_per_step), self.context.device)
         try:
             self.network.train()
             while state.step < plan.num_steps:
@@ -104,7 +104,7 @@ class _Loop:
             blocks.close()
         return state
 
-    def _step(self, blocks: Prefetcher) -> None:
+    def _step(self, blocks: ReadAhead[DeviceBlock]) -> None:
         step = self.state.step
         rate = learning_rate(self.params.optimizer, self.plan, step)
         set_learning_rate(self.state.optimizer, rate)
@@ -166,7 +166,7 @@ class _Loop:
                 step=step,
             )
 
-    def _after_step(self, blocks: Prefetcher) -> None:
+    def _after_step(self, blocks: ReadAhead[DeviceBlock]) -> None:
         step, plan, params = self.state.step, self.plan, self.params
         finished = step == plan.num_steps
         epoch = plan.epoch_of_step(step)
@@ -188,8 +188,11 @@ class _Loop:
         result = self.job.validation.evaluate(state.evaluated(), self.context, autocast=self.params.precision == "bf16")
         value = result.metrics[self.params.select_by]
         sign = 1.0 if METRIC_DIRECTIONS[self.params.select_by.split("/")[-1]] == "max" else -1.0
-        improved = math.isfinite(value) and (state.best is None or sign * value > sign * state.best.value)
-        if improved or state.best is None:
+        best = state.best
+        # A first value that is not finite stands only until there is one to compare.
+        bar = -math.inf if best is None or not math.isfinite(best.value) else sign * best.value
+        improved = math.isfinite(value) and sign * value > bar
+        if improved or best is None:
             state.best = BestRecord(value, state.step, epoch, result.metrics, state.evaluated_weights())
         state.last_metrics = result.metrics
         self.context.emit(

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,29 +28,31 @@ class DeviceBlock:
     teacher_logits: Tensor | None
 
 
-class Prefetcher:
-    """Iterates over blocks on the device; a thread stays ``depth`` blocks ahead.
+T = TypeVar("T")
 
-    On a GPU the host copies are pinned and the transfers do not block the step.
+
+class ReadAhead(Iterator[T]):
+    """Iterates over ``items`` while a thread stays ahead; it starts at once.
 
     Args:
-        blocks: blocks in host memory.
-        device: where they are needed.
-        depth: how many blocks may wait on the device.
+        items: iterated in the thread; an exception there is raised here, in its turn.
+        depth: how many may wait.
+
+    Attributes:
+        waited_s: time that ``next`` has waited so far.
     """
 
-    def __init__(self, blocks: Iterator[Block], device: torch.device, depth: int = 2) -> None:
+    def __init__(self, items: Iterator[T], depth: int = 2) -> None:
         self.waited_s = 0.0
-        self._device = device
         self._ready: queue.Queue[Any] = queue.Queue(maxsize=depth)
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._fill, args=(blocks,), name="prefetch", daemon=True)
+        self._thread = threading.Thread(target=self._fill, args=(items,), name="read-ahead", daemon=True)
         self._thread.start()
 
-    def _fill(self, blocks: Iterator[Block]) -> None:
+    def _fill(self, items: Iterator[T]) -> None:
         try:
-            for block in blocks:
-                if not self._put(self._to_device(block)):
+            for item in items:
+                if not self._put(item):
                     return
             self._put(_END)
         except BaseException as error:
@@ -65,18 +67,7 @@ class Prefetcher:
                 continue
         return False
 
-    def _to_device(self, block: Block) -> DeviceBlock:
-        teacher = None if block.teacher_logits is None else self._copy(block.teacher_logits)
-        return DeviceBlock(block, self._copy(block.inputs), self._copy(block.labels), teacher)
-
-    def _copy(self, values: np.ndarray) -> Tensor:
-        on_gpu = self._device.type == "cuda"
-        return host_tensor(values, pin=on_gpu).to(self._device, non_blocking=on_gpu)
-
-    def __iter__(self) -> Iterator[DeviceBlock]:
-        return self
-
-    def __next__(self) -> DeviceBlock:
+    def __next__(self) -> T:
         started = time.perf_counter()
         item = self._ready.get()
         self.waited_s += time.perf_counter() - started
@@ -84,13 +75,28 @@ class Prefetcher:
             raise StopIteration
         if isinstance(item, BaseException):
             raise item
-        block: DeviceBlock = item
-        return block
+        ready: T = item
+        return ready
 
     def close(self) -> None:
-        """Stops the thread; blocks that wait are dropped."""
+        """Stops the thread; what waits is dropped."""
         self._stopped.set()
         self._thread.join(timeout=5.0)
+
+
+def prefetch(blocks: Iterator[Block], device: torch.device) -> ReadAhead[DeviceBlock]:
+    """Blocks on the device, two ahead. On a GPU the host copies are pinned and transfers do not block the step."""
+    on_gpu = device.type == "cuda"
+
+    def move(values: np.ndarray) -> Tensor:
+        return host_tensor(values, pin=on_gpu).to(device, non_blocking=on_gpu)
+
+    def move_all() -> Iterator[DeviceBlock]:
+        for block in blocks:
+            logits = None if block.teacher_logits is None else move(block.teacher_logits)
+            yield DeviceBlock(block, move(block.inputs), move(block.labels), logits)
+
+    return ReadAhead(move_all())
 
 
 def host_tensor(values: np.ndarray, pin: bool = False) -> Tensor:

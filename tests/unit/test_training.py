@@ -1,0 +1,420 @@
+"""The training loop in one process: exact resumption, what stops it, and what it keeps."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.contracts.columns import InputSpec
+from pipeline.contracts.events import Event
+from pipeline.data.augment import AugmentParams
+from pipeline.data.digits import DigitsParams
+from pipeline.errors import CheckpointError, NonFiniteError, StreamError
+from pipeline.evaluation import EvaluationParams
+from pipeline.losses import LossParams
+from pipeline.losses.cross_entropy import CrossEntropyParams
+from pipeline.losses.kd import KDParams
+from pipeline.models import ModelParams
+from pipeline.models.custom import CustomParams
+from pipeline.models.mlp import MLPParams
+from pipeline.training import (
+    BatchSource,
+    Block,
+    Evaluation,
+    InProcessSource,
+    LocalContext,
+    OptimizerParams,
+    RunSpec,
+    TrainJob,
+    TrainParams,
+    TrainState,
+    build_job,
+    make_plan,
+    make_planner,
+    open_training,
+    read_cursor,
+    read_state,
+    train,
+)
+
+# 179 training rows: 11 blocks of 16 an epoch, and 3 rows left over.
+DATA = DigitsParams(test_fraction=0.8, augment=AugmentParams(crop_padding=1, flip=True))
+SOURCE = DATA.open()
+SEED = 3
+SGD = OptimizerParams(lr=0.05, schedule="constant")
+
+
+class Recorder:
+    """Keeps events."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def emit(self, event: Event) -> None:
+        self.events.append(event)
+
+
+class Tampered:
+    """Blocks of ``source``, each after ``change``, which may also raise."""
+
+    def __init__(self, source: BatchSource, change: Callable[[Block], Block]) -> None:
+        self._source, self._change = source, change
+
+    def blocks(self, start: int) -> Iterator[Block]:
+        return map(self._change, self._source.blocks(start))
+
+
+class Stopped(Exception):
+    """Stands for whatever ends a process."""
+
+
+def stop_at(position: int) -> Callable[[Block], Block]:
+    def change(block: Block) -> Block:
+        if block.position == position:
+            raise Stopped
+        return block
+
+    return change
+
+
+def noisy_network(spec: InputSpec) -> nn.Module:
+    """Has all that makes resumption hard: running statistics and random numbers."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(math.prod(spec.shape), 24, bias=False),
+        nn.BatchNorm1d(24),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Linear(24, spec.num_classes),
+    )
+
+
+NOISY = CustomParams(factory=f"{__name__}:noisy_network")
+PLAIN = MLPParams(hidden=(16,))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_spec(params: TrainParams, network: ModelParams = PLAIN, loss: LossParams | None = None) -> RunSpec:
+    params = params.model_copy(update={"blocks_per_step": params.blocks_per_step or 1})
+    plan = make_plan(make_planner(DATA, open_training(SOURCE), params, SEED), params)
+    return RunSpec(DATA, network, loss or CrossEntropyParams(), params, EvaluationParams(), SEED, plan)
+
+
+def source_of(spec: RunSpec) -> InProcessSource:
+    reader = open_training(SOURCE)
+    planner = make_planner(DATA, reader, spec.train, SEED)
+    return InProcessSource(SOURCE, reader, planner, DATA, SEED, spec.plan.num_blocks)
+
+
+def fit(
+    spec: RunSpec, folder: Path, change: Callable[[Block], Block] | None = None, job: TrainJob | None = None
+) -> tuple[TrainState, list[Event]]:
+    recorder = Recorder()
+    source: BatchSource = source_of(spec)
+    if change is not None:
+        source = Tampered(source, change)
+    state = train(job or build_job(spec, SOURCE), LocalContext(folder, recorder, torch.device("cpu")), source)
+    return state, recorder.events
+
+
+def assert_identical(left: Any, right: Any, path: str = "state") -> None:
+    """Bit for bit, through any nesting."""
+    assert type(left) is type(right), path
+    if isinstance(left, Tensor):
+        assert torch.equal(left, right), path
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), path
+        for key in left:
+            assert_identical(left[key], right[key], f"{path}.{key}")
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right), path
+        for index, (one, other) in enumerate(zip(left, right, strict=True)):
+            assert_identical(one, other, f"{path}[{index}]")
+    else:
+        assert left == right, path
+
+
+# --- going on ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", [SGD.model_copy(update={"nesterov": True}), OptimizerParams(name="adamw")])
+def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(optimizer: OptimizerParams, tmp_path: Path) -> None:
+    optimizer = optimizer.model_copy(update={"schedule": "cosine", "warmup_epochs": 0.7, "clip_grad_norm": 1.0})
+    params = TrainParams(
+        epochs=3, batch_size=16, blocks_per_step=2, optimizer=optimizer, ema_decay=0.9, checkpoint_every=3, log_every=2
+    )
+    spec = make_spec(params, NOISY)
+    assert spec.plan.num_steps == 16  # 33 blocks, two a step: epochs end within steps
+    fit(spec, tmp_path / "whole")
+    # In the middle of a step, between checkpoint and evaluation, just after an epoch, in the last step.
+    for stop in (3, 13, 24, 31):
+        with pytest.raises(Stopped):
+            fit(spec, tmp_path / "parts", stop_at(stop))
+    assert read_cursor(tmp_path / "parts" / "last")["cursor"] == 30
+    fit(spec, tmp_path / "parts")
+    assert_identical(read_state(tmp_path / "parts" / "last"), read_state(tmp_path / "whole" / "last"))
+
+
+def test_resumed_run_reports_the_same_metrics(tmp_path: Path) -> None:
+    spec = make_spec(TrainParams(epochs=2, batch_size=16, optimizer=SGD, checkpoint_every=4, log_every=4), NOISY)
+    _, whole = fit(spec, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        fit(spec, tmp_path / "parts", stop_at(9))
+    _, rest = fit(spec, tmp_path / "parts")
+
+    def metrics(events: list[Event], kind: str) -> dict[int, Any]:
+        return {event.data["step"]: event.data["metrics"] for event in events if event.kind == kind}
+
+    assert rest[0].kind == "plan"
+    assert rest[0].data["start_step"] == 8
+    assert metrics(rest, "evaluation") == metrics(whole, "evaluation")
+    steps = metrics(whole, "step")
+    assert metrics(rest, "step") == {step: steps[step] for step in steps if step > 8}
+
+
+def test_finished_run_takes_no_further_step(tmp_path: Path) -> None:
+    spec = make_spec(TrainParams(epochs=1, batch_size=16, optimizer=SGD))
+    fit(spec, tmp_path)
+    before = read_state(tmp_path / "last")
+    state, events = fit(spec, tmp_path, stop_at(0))
+    assert [event.kind for event in events] == ["plan"]
+    assert state.step == spec.plan.num_steps
+    assert_identical(read_state(tmp_path / "last"), before)
+
+
+def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    fit(make_spec(TrainParams(epochs=1, batch_size=16, optimizer=SGD)), tmp_path)
+    with pytest.raises(CheckpointError, match=r"1 blocks per step, this run has 2; set train.blocks_per_step=1"):
+        fit(make_spec(TrainParams(epochs=1, batch_size=16, blocks_per_step=2, optimizer=SGD)), tmp_path)
+    with pytest.raises(CheckpointError, match="does not fit this run's network and optimizer"):
+        fit(make_spec(TrainParams(epochs=1, batch_size=16, optimizer=SGD), NOISY), tmp_path)
+    (tmp_path / "last" / "state.pt").write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        fit(make_spec(TrainParams(epochs=1, batch_size=16, optimizer=SGD)), tmp_path)
+
+
+# --- checkpoints are whole --------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """A process that is no more: nothing may catch it."""
+
+
+def kill_at_call(number: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Makes call ``number`` of those that change a folder raise instead, a copy after its first file."""
+    calls = [0]
+
+    def count(function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **options: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == number:
+                if function is copytree:
+                    source, target = arguments
+                    target.mkdir()
+                    shutil.copy(min(source.iterdir()), target)
+                raise Killed
+            return function(*arguments, **options)
+
+        return counted
+
+    copytree = shutil.copytree
+    monkeypatch.setattr(shutil, "copytree", count(copytree))
+    monkeypatch.setattr(shutil, "rmtree", count(shutil.rmtree))
+    monkeypatch.setattr(Path, "rename", count(Path.rename))
+    return calls
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_commit_killed_anywhere_leaves_a_whole_checkpoint(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(step: int) -> Path:
+        folder = tmp_path / f"step-{step}"
+        folder.mkdir()
+        for name in ("a", "b"):
+            (folder / name).write_text(str(step))
+        return folder
+
+    def content() -> set[str]:
+        folder = context.resume_folder()
+        assert folder is not None
+        assert {file.name for file in folder.iterdir()} == {"a", "b"}
+        return {file.read_text() for file in folder.iterdir()}
+
+    context = LocalContext(tmp_path / "checkpoints", Recorder())
+    assert context.resume_folder() is None
+    context.commit(write(1), {})
+    with monkeypatch.context() as patch:
+        calls = kill_at_call(number, patch)
+        completed = 1
+        try:
+            for step in (2, 3):
+                context.commit(write(step), {})
+                completed = step
+        except Killed:
+            pass
+    assert calls[0] == number, "there is no call of this number: the test covers less than it says"
+    assert content() in ({str(completed)}, {str(completed + 1)})
+    context.commit(write(9), {})
+    assert content() == {"9"}
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last"]
+
+
+# --- what stops it ----------------------------------------------------------------------------------------------
+
+
+def weights_of(job: TrainJob) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in job.classifier.network.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda block: replace(block, position=block.position + 1), "delivered block 1 .* where block 0 with 16 rows"),
+        (lambda block: replace(block, inputs=block.inputs[:-1]), "delivered block 0 with 15 rows where block 0 with"),
+        (lambda block: replace(block, position=-1), "delivered block -1 "),
+    ],
+    ids=["another", "short", "mixed"],
+)
+def test_wrong_first_block_stops_before_the_first_step(
+    change: Callable[[Block], Block], message: str, tmp_path: Path
+) -> None:
+    spec = make_spec(TrainParams(epochs=1, batch_size=16, optimizer=SGD))
+    job = build_job(spec, SOURCE)
+    before = weights_of(job)
+    with pytest.raises(StreamError, match=message):
+        fit(spec, tmp_path, change, job)
+    assert_identical(weights_of(job), before)
+    assert not (tmp_path / "last").exists()
+
+
+def test_stream_from_another_cursor_stops_a_resumed_run(tmp_path: Path) -> None:
+    spec = make_spec(TrainParams(epochs=1, batch_size=16, optimizer=SGD, checkpoint_every=2))
+    with pytest.raises(Stopped):
+        fit(spec, tmp_path, stop_at(5))
+
+    class FromTheStart:
+        def blocks(self, start: int) -> Iterator[Block]:
+            assert start == 4
+            return source_of(spec).blocks(0)
+
+    context = LocalContext(tmp_path, Recorder(), torch.device("cpu"))
+    with pytest.raises(StreamError, match="delivered block 0 with 16 rows where block 4 with 16 rows was due"):
+        train(build_job(spec, SOURCE), context, FromTheStart())
+    assert read_cursor(tmp_path / "last")["cursor"] == 4
+
+
+def test_stream_that_ends_early_is_an_error(tmp_path: Path) -> None:
+    spec = make_spec(TrainParams(epochs=1, batch_size=16, optimizer=SGD))
+
+    class Short:
+        def blocks(self, start: int) -> Iterator[Block]:
+            return (block for block, _ in zip(source_of(spec).blocks(start), range(3), strict=False))
+
+    with pytest.raises(StreamError, match="ended before block 3 of 11"):
+        train(build_job(spec, SOURCE), LocalContext(tmp_path, Recorder(), torch.device("cpu")), Short())
+
+
+def test_non_finite_loss_stops_before_the_weights_change(tmp_path: Path) -> None:
+    spec = make_spec(TrainParams(epochs=1, batch_size=16, optimizer=SGD, checkpoint_every=1), loss=KDParams())
+
+    def teach(block: Block) -> Block:
+        logits = np.zeros((16, 10), np.float32)
+        if block.position == 3:
+            logits[5, 7] = np.nan
+        return replace(block, teacher_logits=logits)
+
+    job = build_job(spec, SOURCE)
+    with pytest.raises(
+        NonFiniteError, match=r"kd.* became .*nan.* at step 4 \(epoch 1, learning rate 0.05\)"
+    ) as caught:
+        fit(spec, tmp_path, teach, job)
+    assert caught.value.details == {"step": 4}
+    saved = read_state(tmp_path / "last")
+    assert saved["step"] == 3
+    assert_identical(weights_of(job), dict(saved["network"]))
+
+
+# --- what it keeps ----------------------------------------------------------------------------------------------
+
+
+class ScriptedValidation:
+    """Evaluations with values given in advance."""
+
+    def __init__(self, name: str, values: list[float]) -> None:
+        self._name, self._values = name, iter(values)
+
+    def evaluate(self, network: nn.Module, worker: Any, autocast: bool = False) -> Evaluation:
+        return Evaluation({self._name: next(self._values)}, {})
+
+
+@pytest.mark.parametrize(
+    ("select_by", "values", "best_epoch"),
+    [
+        ("val/top1", [0.1, 0.5, 0.5, 0.4], 2),
+        ("val/nll", [2.0, 1.0, 1.0, 3.0], 2),
+        ("val/top1", [0.5, 0.1, 0.2, 0.6], 4),
+        ("val/ece", [0.1, 0.1, 0.1, 0.1], 1),
+        ("val/nll", [math.nan, math.inf, 3.0, 4.0], 3),
+        ("val/top1", [math.nan] * 4, 1),
+    ],
+)
+def test_best_checkpoint_is_kept(select_by: str, values: list[float], best_epoch: int, tmp_path: Path) -> None:
+    spec = make_spec(TrainParams(epochs=4, batch_size=16, optimizer=SGD, select_by=select_by))
+    job: Any = replace(build_job(spec, SOURCE), validation=ScriptedValidation(select_by, values))  # type: ignore[arg-type]
+    kept = []
+
+    class Watching(LocalContext):
+        def commit(self, folder: Path | None, metrics: dict[str, float]) -> None:
+            assert folder is not None
+            kept.append(read_state(folder))
+            super().commit(folder, metrics)
+
+    state = train(job, Watching(tmp_path, Recorder(), torch.device("cpu")), source_of(spec))
+    assert state.best is not None
+    assert (state.best.epoch, state.best.step) == (best_epoch, best_epoch * 11)
+    assert state.best.value == pytest.approx(values[best_epoch - 1], nan_ok=True)
+    assert_identical(state.best.weights, dict(kept[best_epoch - 1]["network"]))
+
+
+def test_average_of_the_weights_is_what_is_evaluated_and_kept(tmp_path: Path) -> None:
+    """The average by hand: the first step's weights, then 0.8 of itself plus 0.2 of the new ones."""
+    spec = make_spec(TrainParams(epochs=1, batch_size=64, optimizer=SGD, ema_decay=0.8, checkpoint_every=1), NOISY)
+    assert spec.plan.num_steps == 2
+    seen = []
+
+    class Watching(LocalContext):
+        def commit(self, folder: Path | None, metrics: dict[str, float]) -> None:
+            assert folder is not None
+            seen.append(read_state(folder)["network"])
+            super().commit(folder, metrics)
+
+    state = train(build_job(spec, SOURCE), Watching(tmp_path, Recorder(), torch.device("cpu")), source_of(spec))
+    assert state.best is not None
+    for name, value in state.best.weights.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, 0.8 * seen[0][name] + 0.2 * seen[1][name])
+
+
+def test_gradients_of_two_blocks_are_those_of_one_large_block(tmp_path: Path) -> None:
+    whole, _ = fit(make_spec(TrainParams(epochs=2, batch_size=16, optimizer=SGD)), tmp_path / "whole")
+    halves, _ = fit(make_spec(TrainParams(epochs=2, batch_size=8, blocks_per_step=2, optimizer=SGD)), tmp_path / "two")
+    assert whole.step == halves.step == 22
+    for one, other in zip(whole.classifier.parameters(), halves.classifier.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
