@@ -134,11 +134,6 @@ def _translate_status(batch: Batch, event: Event) -> None:
         batch.tags["status_message"] = str(event.data["message"])
 
 
-def _translate_stage(batch: Batch, event: Event) -> None:
-    if event.data.get("state") == "started":
-        batch.tags["stage"] = str(event.data.get("name", ""))
-
-
 def _translate_plan(batch: Batch, event: Event) -> None:
     batch.tags.update({f"plan.{name}": str(value) for name, value in event.data.items()})
 
@@ -152,13 +147,16 @@ def _translate_step(batch: Batch, event: Event) -> None:
 
 def _translate_evaluation(batch: Batch, event: Event) -> None:
     data, step = event.data, _step_of(event)
-    metrics = data.get("metrics", {})
-    if batch.add_points(event, metrics, step) and data.get("epoch") is not None:
+    split = data.get("split", "validation")
+    # The number of rows is the same every time; it is in the journal and in result.json.
+    metrics = {name: value for name, value in data.get("metrics", {}).items() if not name.endswith("/num_rows")}
+    if batch.add_points(event, metrics, step) and split == "validation" and data.get("epoch") is not None:
         # The same again over epochs: what people compare between runs of different batch sizes.
-        batch.add_samples(event, {f"epoch/{name}": value for name, value in metrics.items()}, int(data["epoch"]))
-    if data.get("per_class"):
+        by_epoch = {name.replace("/", "_by_epoch/", 1): value for name, value in metrics.items()}
+        batch.add_samples(event, by_epoch, int(data["epoch"]))
+    if data.get("per_class") and (data.get("best") or split == "test"):
         accuracy = {name: _finite_or_none(value) for name, value in data["per_class"].items()}
-        batch.documents[f"per_class/{data.get('split', 'validation')}/step_{step:08d}.json"] = accuracy
+        batch.documents[f"per_class/{split}/step_{step:08d}.json"] = accuracy
     if data.get("best"):
         batch.tags["best_step"] = str(step)
 
@@ -173,8 +171,8 @@ def _translate_checkpoint(batch: Batch, event: Event) -> None:
 
 
 def _translate_pool(batch: Batch, event: Event) -> None:
-    actor = event.data.get("actor", "0")
-    values = {f"system/pool/{actor}/{name}": event.data.get(name) for name in ("rows", "rows_per_s", "busy")}
+    # Actors come and go under new names; one curve of all of them is what can be read.
+    values = {f"system/pool/{name}": event.data.get(name) for name in ("rows_per_s", "busy")}
     batch.add_samples(event, values, batch.progress.step)
 
 
@@ -199,7 +197,6 @@ def _translate_model(batch: Batch, event: Event) -> None:
 
 _TRANSLATORS: dict[str, Callable[[Batch, Event], None]] = {
     "status": _translate_status,
-    "stage": _translate_stage,
     "plan": _translate_plan,
     "step": _translate_step,
     "evaluation": _translate_evaluation,

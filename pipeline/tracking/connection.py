@@ -27,6 +27,10 @@ _MAX_PARAM_LENGTH = 6000
 _MAX_TAG_LENGTH = 5000  # older servers refuse more
 
 
+# MLflow's pages show training runs first for this kind; without it they open on traces of language models.
+_TRAINING_EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}
+
+
 @dataclass(frozen=True)
 class RunInfo:
     """What a new MLflow run is created with; ``params`` are flat."""
@@ -133,7 +137,9 @@ class Connection:
 
         experiment = self._client.get_experiment_by_name(info.experiment)
         if experiment is None:
-            experiment_id = self._client.create_experiment(info.experiment, artifact_location=_artifact_root(self._uri))
+            experiment_id = self._client.create_experiment(
+                info.experiment, artifact_location=_artifact_root(self._uri), tags=_TRAINING_EXPERIMENT
+            )
         else:
             experiment_id = experiment.experiment_id
         tags = {RUN_KEY_TAG: progress.run_key}

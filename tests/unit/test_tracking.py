@@ -113,7 +113,7 @@ def test_whole_record_arrives(uri: str, run_dir: Path) -> None:
     assert mlflow.get_experiment(run.info.experiment_id).name == "an experiment"
     assert run.data.params == {"train.epochs": "3", "train.lr": "0.1", "loss.name": "kd", "tags": "[1, null]"}
     expected_tags = {
-        "command": "distill", "run_dir": str(run_dir), "stage": "training", "plan.num_steps": "30",
+        "command": "distill", "run_dir": str(run_dir), "plan.num_steps": "30",
         "last_checkpoint_step": "20", "best_step": "20", "last_warning": "a second one",
     }  # fmt: skip
     assert expected_tags.items() <= run.data.tags.items()
@@ -123,9 +123,9 @@ def test_whole_record_arrives(uri: str, run_dir: Path) -> None:
     assert history(uri, tracker, "train/loss") == [(10, 1 / 11), (20, 1 / 21)]
     assert history(uri, tracker, "train/samples_per_s") == [(10, 100.0), (20, 100.0)]
     assert history(uri, tracker, "val/top1") == [(20, 0.75)]
-    assert history(uri, tracker, "epoch/val/top1") == [(2, 0.75)]
+    assert history(uri, tracker, "val_by_epoch/top1") == [(2, 0.75)]
     assert np.isnan(history(uri, tracker, "val/nll")[0][1])
-    assert history(uri, tracker, "system/pool/a/busy") == [(20, 0.5)]
+    assert history(uri, tracker, "system/pool/busy") == [(20, 0.5)]
     assert history(uri, tracker, "system/rank0/rss_bytes") == [(20, 1024.0)]
     (point,) = mlflow.get_metric_history(tracker.run_id, "val/top1")
     assert point.timestamp == START * 1000
