@@ -92,6 +92,14 @@ def _warmup_fits(config: Config, command: str) -> Iterator[Problem]:
         yield Problem("train.optimizer.warmup_epochs", f"expected at most train.epochs={epochs}, got {warmup:g}")
 
 
+def _synchronised_batchnorm(config: Config, command: str) -> Iterator[Problem]:
+    if config.train.sync_batchnorm and config.cluster.num_gpus_per_worker == 0:
+        yield Problem(
+            "train.sync_batchnorm",
+            "torch has it for GPUs only, but cluster.num_gpus_per_worker=0; give the workers GPUs or set it to false",
+        )
+
+
 def _no_password(config: Config, command: str) -> Iterator[Problem]:
     uri = config.tracking.uri
     try:
@@ -114,5 +122,6 @@ _RULES: tuple[Callable[[Config, str], Iterator[Problem]], ...] = (
     _one_worker,
     _selection_metric,
     _warmup_fits,
+    _synchronised_batchnorm,
     _no_password,
 )

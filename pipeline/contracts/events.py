@@ -24,7 +24,7 @@ EventKind = Literal[
     "evaluation",  # split, step, epoch, metrics (val/... or test/...), per_class {class name: accuracy}, best
     "checkpoint",  # step, best
     "pool",  # actor, rows, rows_per_s, busy (share of wall time, 0..1)
-    "system",  # process, rss_bytes, cpu_s
+    "system",  # process, rss_bytes, cpu_s, gpu_bytes (on a GPU: the most that was allocated)
     "warning",  # message
     "artifact",  # path (a file of the run folder), folder (where it goes in the tracker)
     "model",  # path of a folder with model.safetensors and model.json

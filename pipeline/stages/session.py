@@ -78,7 +78,7 @@ class RunSession:
     def fail(self, error: BaseException) -> int:
         """Records a failure; returns the exit code."""
         message = error.message if isinstance(error, PipelineError) else f"{type(error).__name__}: {error}"
-        code = 1 if self.began else 2
+        code = 2 if isinstance(error, PipelineError) and not self.began else 1
         self.journal.emit(Event("status", {"status": "failed", "message": message}))
         self._tracker.close(5.0)
         self._close_view()

@@ -178,7 +178,7 @@ def _translate_pool(batch: Batch, event: Event) -> None:
 
 def _translate_system(batch: Batch, event: Event) -> None:
     process = event.data.get("process", "driver")
-    values = {f"system/{process}/{name}": event.data.get(name) for name in ("rss_bytes", "cpu_s")}
+    values = {f"system/{process}/{name}": event.data.get(name) for name in ("rss_bytes", "cpu_s", "gpu_bytes")}
     batch.add_samples(event, values, batch.progress.step)
 
 

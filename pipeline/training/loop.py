@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +26,8 @@ from pipeline.training.plan import RunPlan
 from pipeline.training.prefetch import DeviceBlock, ReadAhead, prefetch
 from pipeline.training.state import BestRecord, TrainState, build_ema
 from pipeline.training.validation import EvaluationSet
+
+_USE_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -226,6 +229,8 @@ class _StepLog:
 
     def __init__(self, context: WorkerContext) -> None:
         self._context = context
+        self._process = psutil.Process()
+        self._last_use = 0.0
         self._sums: dict[str, float] = {}
         self._count = 0
         self._rate = 0.0
@@ -263,7 +268,19 @@ class _StepLog:
             )
         )
         self._sums, self._count = {}, 0
+        self._note_use()
         self.restart(waited_s)
+
+    def _note_use(self) -> None:
+        now = time.perf_counter()
+        if now - self._last_use < _USE_EVERY_S:
+            return
+        self._last_use = now
+        cpu = self._process.cpu_times()
+        use = {"rss_bytes": self._process.memory_info().rss, "cpu_s": cpu.user + cpu.system}
+        if self._context.device.type == "cuda":
+            use["gpu_bytes"] = torch.cuda.max_memory_allocated(self._context.device)
+        self._context.emit(Event("system", {"process": f"worker{self._context.rank}", **use}))
 
 
 def average_buffers(network: nn.Module, context: WorkerContext) -> None:
