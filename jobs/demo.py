@@ -7,6 +7,7 @@ two networks that are trained on labels alone need no Ray, so they are trained i
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -44,8 +45,9 @@ def main() -> None:
         rows.append([label, *scores, result["num_parameters"], result["samples_per_s"]])
     columns = ("network", "test accuracy", "NLL", "ECE", "parameters", "samples/s")
     print("\n" + render_table("digits, one seed each: a demonstration, not a comparison", columns, rows))
+    mlflow = os.path.relpath(Path(sys.executable).parent / "mlflow")
     print(f"{time.monotonic() - started:.0f} s in all. Review the runs in MLflow:")
-    print(f"  {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri sqlite:///{RUNS / 'mlflow.db'}")
+    print(f"  {mlflow} ui --backend-store-uri sqlite:///{RUNS / 'mlflow.db'}")
     print("and open http://127.0.0.1:5000")
 
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.cluster.stream import StreamPlan, build_stream
+from pipeline.cluster.tasks import find_pipeline_error
 from pipeline.contracts.columns import BLOCK, TEACHER_LOGITS
 from pipeline.data.logits import save_logits
 
@@ -22,7 +24,10 @@ def write_pool_logits(plan: StreamPlan, num_rows: int, path: Path) -> None:
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     gather = ray.remote(num_cpus=0, max_retries=1)(_gather).options(scheduling_strategy=here)
-    ray.get(gather.remote({"plan": plan}, num_rows, str(path)))
+    try:
+        ray.get(gather.remote({"plan": plan}, num_rows, str(path)))
+    except RayTaskError as error:
+        raise find_pipeline_error(error) or error from None
 
 
 def _gather(wrapped: dict[str, Any], num_rows: int, path: str) -> None:

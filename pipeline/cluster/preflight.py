@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -188,7 +189,7 @@ def _wait_for_room(demands: list[Demand], deadline: float, wait_s: float, say: C
                 f"waiting up to {wait_s:g} s for {show_resources(needs)} to be free "
                 f"(now {show_resources({name: free.get(name, 0.0) for name in needs}) or 'none'})"
             )
-            if not group.wait(max(deadline - time.monotonic(), 0.1)):
+            if not group.wait(math.ceil(max(deadline - time.monotonic(), 0.0))):  # it takes whole seconds
                 free = ray.available_resources()
                 had = show_resources({name: free.get(name, 0.0) for name in needs})
                 raise ResourceError(

@@ -202,6 +202,8 @@ def configure_context(context: DataContext, plan: StreamPlan) -> None:
     # Ray Data cuts blocks of 1.5 times this size, which would mix their rows.
     context.target_max_block_size = max(2 * plan.block_bytes + 1, 128 * 2**20)
     context.max_errored_blocks = 0  # anything else loses batches without a word
+    # What Ray Data would wrap around an error loses it on the way to another process, and its sentence with it.
+    context.raise_original_map_exception = True
     context.execution_no_progress_timeout_s = plan.no_progress_timeout_s
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -21,7 +21,21 @@ def run_task(function: Callable[[A], R], argument: A, bundle: dict[str, float]) 
     try:
         result: R = ray.get(task.remote(argument))
     except RayTaskError as error:
-        if isinstance(error.cause, PipelineError):
-            raise error.cause from None
-        raise
+        raise find_pipeline_error(error) or error from None
     return result
+
+
+def find_pipeline_error(error: BaseException | None) -> PipelineError | None:
+    """Our own error inside what Ray wrapped around it."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        # Ray's wrapper is also an instance of the class it wraps, by another name.
+        if isinstance(error, PipelineError) and not isinstance(error, RayTaskError):
+            return error
+        for failure in getattr(error, "worker_failures", {}).values():
+            if (found := find_pipeline_error(failure)) is not None:
+                return found
+        inner = getattr(error, "cause", None) or getattr(error, "controller_failure", None)
+        error = inner if isinstance(inner, BaseException) else (error.__cause__ or error.__context__)
+    return None

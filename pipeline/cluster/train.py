@@ -26,11 +26,15 @@ from pipeline.cluster.stream import (
     segment_name,
     segments,
 )
+from pipeline.cluster.tasks import find_pipeline_error
 from pipeline.contracts.events import Emitter, Event
 from pipeline.errors import PipelineError, TrainingError
 
 RAY_NAME = "train"
 _FATAL_FILE = "fatal.json"
+
+# Lines that Ray Data puts behind the text of an error.
+_ADVICE = ("Failed to apply", "To change retry attempts")
 
 
 @dataclass(frozen=True)
@@ -251,7 +255,7 @@ class RayWorkerContext:
 
 def _record_fatal(error: BaseException, path: Path) -> None:
     """Keeps an error that a restart would only repeat, for the driver and for the next start."""
-    found = _find_pipeline_error(error)
+    found = find_pipeline_error(error)
     if found is None or isinstance(found, errors.StreamError):
         return
     content = json.dumps(
@@ -263,29 +267,14 @@ def _record_fatal(error: BaseException, path: Path) -> None:
         os.replace(part, path)
 
 
-def _find_pipeline_error(error: BaseException | None) -> PipelineError | None:
-    """Our own error inside what Ray wrapped around it."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, PipelineError):
-            return error
-        for failure in getattr(error, "worker_failures", {}).values():
-            if (found := _find_pipeline_error(failure)) is not None:
-                return found
-        inner = getattr(error, "cause", None) or getattr(error, "controller_failure", None)
-        error = inner if isinstance(inner, BaseException) else (error.__cause__ or error.__context__)
-    return None
-
-
 def _explain(error: Exception, fatal: Path) -> PipelineError:
     """The error to show for a failed fit."""
     if fatal.exists():
         record = json.loads(fatal.read_text())
         cls = getattr(errors, record["type"], TrainingError)
         return cls(record["message"], **record["details"])
-    if (found := _find_pipeline_error(error)) is not None:
+    if (found := find_pipeline_error(error)) is not None:
         return found
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.strip().startswith(_ADVICE)]
     reason = lines[-1].strip() if lines else type(error).__name__
     return TrainingError(f"training failed: {reason}; see ray.log in the run folder, then resume the run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -72,6 +73,15 @@ class Run:
     def close(self) -> None:
         """Lets other processes use the folder."""
         self._lock.close()
+
+    def discard(self) -> None:
+        """Takes a run back that was made a moment ago and never began, so that a corrected one can have its folder."""
+        if self.resumed or self.finished:
+            return
+        for name in ("run.json", *_BEFORE_RUN_JSON):
+            (self.dir / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # something else is in it
+            self.dir.rmdir()
 
     @property
     def resume_command(self) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import pickle
-import statistics
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Protocol
 
 from pipeline.config.schema import Config
 from pipeline.contracts.columns import SplitName
-from pipeline.contracts.events import Event
 from pipeline.data import SplitReader
 from pipeline.data.logits import save_logits
 from pipeline.errors import TrainingError
@@ -43,11 +41,6 @@ _DEFAULT_DATA_TASKS = 2
 class Execution(Protocol):
     """A way to carry out a run."""
 
-    @property
-    def samples_per_s(self) -> float | None:
-        """Median training speed so far; none before the first record."""
-        ...
-
     def train(self) -> BestRecord:
         """Trains to the end of the plan; returns what is kept."""
         ...
@@ -71,27 +64,10 @@ def open_execution(work: Work, session: RunSession) -> Iterator[Execution]:
             yield _OnRay(work, session, stack)
 
 
-class _Speed:
-    """Collects the training speed from the journal."""
-
-    def __init__(self, session: RunSession) -> None:
-        self._rates: list[float] = []
-        session.listen(self._note)
-
-    def _note(self, event: Event) -> None:
-        if event.kind == "step":
-            self._rates.append(event.data["samples_per_s"])
-
-    @property
-    def samples_per_s(self) -> float | None:
-        return statistics.median(self._rates) if self._rates else None
-
-
-class _InProcess(_Speed):
+class _InProcess:
     """Everything in this process, one thing after the other."""
 
     def __init__(self, work: Work, session: RunSession) -> None:
-        super().__init__(session)
         self._work, self._session = work, session
         self._teacher = None
         if work.teacher is not None:
@@ -132,7 +108,7 @@ class _InProcess(_Speed):
         return path
 
 
-class _OnRay(_Speed):
+class _OnRay:
     """The stream and the pool on Ray; the student in Ray Train workers, or in this process."""
 
     def __init__(self, work: Work, session: RunSession, stack: ExitStack) -> None:
@@ -140,7 +116,6 @@ class _OnRay(_Speed):
         from pipeline.cluster.preflight import admitted, check_demand
         from pipeline.cluster.session import ray_session
 
-        super().__init__(session)
         self._work, self._session = work, session
         cluster = work.config.cluster
         demands = list_demands(work.config, work.run.command)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import statistics
 import threading
 from collections.abc import Callable, Mapping
 from types import FrameType
@@ -58,6 +59,12 @@ class RunSession:
         self._view.__enter__()
         self._reader.start()
 
+    @property
+    def samples_per_s(self) -> float | None:
+        """Median training speed of the run so far, earlier starts included; none before the first record."""
+        rates = [event.data["samples_per_s"] for event, _ in read_events(self.journal.path) if event.kind == "step"]
+        return statistics.median(rates) if rates else None
+
     def listen(self, listener: Callable[[Event], None]) -> None:
         """Calls ``listener`` with every event from now on, soon after it was written."""
         self._listeners.append(listener)
@@ -69,7 +76,7 @@ class RunSession:
     def finish(self, metrics: Mapping[str, float], extra: Mapping[str, Any]) -> None:
         """The run is complete: result, status, and everything sent to the tracker."""
         self.journal.emit(Event("status", {"status": "finished", "message": ""}))
-        sent = self._tracker.close(_AWAY_FLUSH_S if self._tracker.is_away else _CLOSE_FLUSH_S)
+        sent = _close(self._tracker)
         self._close_view()
         self.run.write_result("finished", metrics, extra)
         if not sent:
@@ -123,11 +130,15 @@ def send_rest(run: Run, dataset: Mapping[str, Any]) -> None:
     if not has_unsent(run.dir, run.config.tracking.uri or ""):
         return
     tracker = _open_tracker(run, dataset, required=False)
-    if not tracker.close(_CLOSE_FLUSH_S):
+    if not _close(tracker):
         print(f"tracking: not everything was sent ({tracker.problem}); {run.resume_command} sends it")
         return
     run.refresh_result()
     print("tracking: what was missing is sent")
+
+
+def _close(tracker: Tracker) -> bool:
+    return tracker.close(_AWAY_FLUSH_S if tracker.is_away else _CLOSE_FLUSH_S)
 
 
 def _open_tracker(run: Run, dataset: Mapping[str, Any], *, required: bool) -> Tracker:

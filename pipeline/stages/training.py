@@ -38,9 +38,13 @@ def run_training(request: Request, defaults: Sequence[str] = ()) -> int:
             send_rest(run, describe_dataset(source, run))
             show_result(run)
             return 0
-        work = prepare_work(run, source, teacher)
+        try:
+            work = prepare_work(run, source, teacher)
+            session = RunSession(run, describe_dataset(source, run), with_teacher=teacher is not None)
+        except BaseException:
+            run.discard()
+            raise
         _announce(run)
-        session = RunSession(run, describe_dataset(source, run), with_teacher=teacher is not None)
         try:
             run_interruptibly(lambda: _carry_out(work, session), session.kill)
         except Exception as error:
@@ -76,7 +80,7 @@ def _carry_out(work: Work, session: RunSession) -> None:
         "best_step": best.step,
         "best_epoch": best.epoch,
         "num_parameters": sum(parameter.numel() for parameter in classifier.network.parameters()),
-        "samples_per_s": execution.samples_per_s,
+        "samples_per_s": session.samples_per_s,
     }
     session.finish(metrics, extra)
 

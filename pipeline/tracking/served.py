@@ -29,7 +29,8 @@ class ServedClassifier:
             data: (rows, channels, height, width), or (rows, features).
             params: not used; part of MLflow's interface.
         """
-        inputs = torch.from_numpy(np.ascontiguousarray(data, dtype=self._dtype))
+        rows = np.require(data, self._dtype, ["C", "W"])  # torch warns of arrays that cannot be written to
+        inputs = torch.from_numpy(rows)
         probabilities: np.ndarray = self._classifier(inputs).float().softmax(dim=-1).numpy()
         return probabilities
 

@@ -112,7 +112,7 @@ class _Loop:
         rate = learning_rate(self.params.optimizer, self.plan, step)
         set_learning_rate(self.state.optimizer, rate)
         # Dropout differs by step and rank but not by what ran before, so a resumed run repeats it.
-        torch.manual_seed((self.job.seed * 1_000_003 + step) * 4_099 + self.context.rank)
+        torch.manual_seed(((self.job.seed * 1_000_003 + step) * 4_099 + self.context.rank) % 2**63)
         totals: dict[str, Tensor] = {}
         for micro_step in range(self.blocks_per_worker):
             block = self._next_block(blocks, micro_step)

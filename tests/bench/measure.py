@@ -53,8 +53,9 @@ class Process:
     cpu_s: float
 
 
-def process_tree() -> list[Process]:
-    """This process and all that descend from it."""
+def process_tree(root: int | None = None) -> list[Process]:
+    """A driver, by default this process, and all that descend from it."""
+    root = root or os.getpid()
     parents: dict[int, int] = {}
     cpu: dict[int, float] = {}
     for name in os.listdir("/proc"):
@@ -69,22 +70,20 @@ def process_tree() -> list[Process]:
     return [
         Process(pid, role, title, cpu[pid])
         for pid in parents
-        if _descends(pid, parents)
-        for role, title in [_describe(pid)]
+        if _descends(pid, root, parents)
+        for role, title in [("driver", "driver") if pid == root else _describe(pid)]
     ]
 
 
-def _descends(pid: int, parents: dict[int, int]) -> bool:
+def _descends(pid: int, root: int, parents: dict[int, int]) -> bool:
     while pid > 1:
-        if pid == os.getpid():
+        if pid == root:
             return True
         pid = parents.get(pid, 0)
     return False
 
 
 def _describe(pid: int) -> tuple[str, str]:
-    if pid == os.getpid():
-        return "driver", "driver"
     try:
         title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
     except OSError:

@@ -26,6 +26,7 @@ from pipeline.data.order import BlockPlanner
 from pipeline.data.parquet import ParquetParams
 from pipeline.losses.kd import kl_divergence
 from pipeline.models import MODELS, build_classifier, load_weights
+from tests.bench.workload import STUDENT_WIDTH, TEACHER
 
 
 class Blocks(IterableDataset[Any]):
@@ -57,7 +58,7 @@ def main() -> None:
     student = build_classifier(entries["small_cnn"].model_validate(student_values), spec).train()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     loader = DataLoader(Blocks(params, arguments.batch_size), batch_size=None, num_workers=arguments.loader_workers)
-    batches = iter(loader)
+    batches: Iterator[dict[str, torch.Tensor]] = iter(loader)
     if arguments.mode != "inline":
         ready = [next(batches) for _ in range(4)]
         with torch.inference_mode():
@@ -107,8 +108,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--mode", choices=("inline", "student", "teacher"), default="inline")
     parser.add_argument("--threads", type=int, default=1, help="torch's CPU threads")
     parser.add_argument("--loader-workers", type=int, default=0, help="processes that decode")
-    parser.add_argument("--teacher", default="resnet20")
-    parser.add_argument("--student-width", type=int, default=32)
+    parser.add_argument("--teacher", default=TEACHER)
+    parser.add_argument("--student-width", type=int, default=STUDENT_WIDTH)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--warmup", type=int, default=5, help="steps before the clock starts")
     parser.add_argument("--steps", type=int, default=40, help="steps that are timed")

@@ -13,6 +13,11 @@ import pyarrow.parquet as pq
 NUM_CLASSES = 10
 SIZE = 32  # pixels
 
+# A balanced pair: the student's forward and backward pass costs what the teacher's forward pass does.
+TEACHER = "resnet20"
+STUDENT_WIDTH = 32  # of small_cnn
+PAIR = f"{TEACHER} and small_cnn(width={STUDENT_WIDTH})"
+
 
 def write_images(folder: Path, num_train: int, num_validation: int, encoding: str = "PNG") -> Path:
     """CIFAR-sized colour images in Parquet, smooth with a little noise so that they compress as photographs do.

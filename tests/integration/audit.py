@@ -35,10 +35,11 @@ NUM_CLASSES = 3
 
 
 class WideReader(SplitReader):
-    """Rows made up when they are read: every feature of a row is its sample id, plus its column / 2**23.
+    """Rows made up when they are read, every number of them another: few rows make a block of any size.
 
     Args:
-        num_features: 4 bytes each, so that a few rows make a block of any size.
+        num_rows: at most 254.
+        num_features: at most 2**23.
     """
 
     def __init__(self, num_rows: int, num_features: int) -> None:
@@ -54,9 +55,9 @@ class WideReader(SplitReader):
         return make_table(sample_ids, encoded, pa.array(sample_ids % NUM_CLASSES))
 
     def values(self, sample_ids: np.ndarray) -> np.ndarray:
-        """(B, num_features) float32."""
-        columns = np.arange(self.num_features, dtype=np.float32) / np.float32(2**23)
-        return np.add.outer(sample_ids.astype(np.float32), columns)
+        """(B, num_features) float32: the sample id is the exponent, the column the mantissa."""
+        exponents = (sample_ids.astype(np.uint32) + 1) << 23
+        return np.bitwise_or.outer(exponents, np.arange(self.num_features, dtype=np.uint32)).view(np.float32)
 
 
 class TracedParams(DataParams):

@@ -189,6 +189,7 @@ def test_two_workers_lose_one_and_another(
     assert_close(state, in_process, 1e-6)
 
 
+@pytest.mark.slow
 def test_number_of_workers_changes_from_one_to_two_to_one(tmp_path: Path, in_process: dict[str, Any]) -> None:
     """Three fits."""
     run = Audit(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Runs as Ray jobs: submitted to a head of their own from this folder, stopped, and gone on with."""
+"""Runs as Ray jobs: submitted to a head of their own from this folder, stopped, and gone on with. Three fits, all slow."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ class Head:
         command += [f"--port={ports[0]}", f"--dashboard-port={ports[1]}", "--dashboard-host=127.0.0.1"]
         command += [f"--dashboard-agent-listen-port={ports[2]}", f"--ray-client-server-port={ports[3]}"]
         command += ["--object-store-memory=200000000", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
+        self.folder = folder
         self._log = folder / "head.log"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -85,17 +86,20 @@ class Head:
             self._process.kill()
             self._process.wait()
 
-    def job(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """``ray job ...`` as a user types it, in this repository's root."""
+    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """A command as a user types it in this repository's root."""
         return subprocess.run(
-            [str(BIN / "ray"), "job", *arguments],
+            command,
             cwd=ROOT,
-            env=self.environment,
+            env=self.environment | environment,
             capture_output=True,
             text=True,
             timeout=RUN_TIMEOUT_S,
             check=False,
         )
+
+    def job(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return self.run(str(BIN / "ray"), "job", *arguments)
 
     def submit(self, *arguments: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
         return self.job("submit", "--working-dir", ".", *options, "--", "python", "-m", "pipeline", *arguments)
@@ -157,7 +161,7 @@ def checkpoints_of(run_dir: Path) -> list[int]:
 @pytest.mark.timeout(400)
 def test_job_runs_to_its_end(head: Head, teacher: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "student"
-    done = head.submit("distill", *TINY, f"teacher.checkpoint={teacher}", f"run.dir={run_dir}", "train.epochs=2")
+    done = head.run("jobs/submit_distill.sh", *TINY, "train.epochs=2", RUNS=str(tmp_path), TEACHER=str(teacher))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stdout
     result = read(run_dir, "result.json")
@@ -167,6 +171,9 @@ def test_job_runs_to_its_end(head: Head, teacher: Path, tmp_path: Path) -> None:
     assert (tmp_path / "mlflow.db").exists()
     own = [line for line in done.stdout.splitlines() if line.startswith("/")]
     assert own[-1] == str(run_dir / "result.json")
+    unpacked = [path.name for path in head.folder.glob("session_*/runtime_resources/working_dir_files/*/*")]
+    assert {"pipeline", "conf", "jobs"} <= set(unpacked)
+    assert not {".venv", ".git", "runs", "tests", ".mypy_cache"} & set(unpacked)
 
 
 @pytest.mark.timeout(200)

@@ -89,7 +89,7 @@ def test_waits_for_what_others_hold_and_says_so() -> None:
             admitted([WORKERS, TEACHERS], "run", 7.0, said.append),
         ):
             pytest.fail("there was no room")
-        assert 7.0 <= time.monotonic() - started < 20.0
+        assert 6.9 <= time.monotonic() - started < 20.0
     (message,) = said
     assert message.startswith(f"waiting up to 7 s for 4 CPU, 2 {FAKE_ACCELERATOR} to be free (now ")
     assert f"1 {FAKE_ACCELERATOR}" in message.split("(now ")[1]

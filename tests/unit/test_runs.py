@@ -57,6 +57,16 @@ def go_on(*overrides: str, finish: bool = False) -> Run:
         return run
 
 
+def test_run_that_never_began_leaves_its_folder_to_another(tmp_path: Path) -> None:
+    with open_run("distill", build("run.dir=mine", "train.batch_size=999")) as run:
+        run.discard()
+    assert not (tmp_path / "mine").exists()
+    go_on("run.dir=mine", TEACHER)
+    with open_run("distill", build("run.dir=mine")) as run:
+        run.discard()  # gone on with: what there is stays
+    assert (tmp_path / "mine" / "run.json").exists()
+
+
 # --- a new run ----------------------------------------------------------------------------------------------------
 
 

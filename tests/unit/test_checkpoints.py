@@ -1,0 +1,82 @@
+"""Checkpoints of a run without Ray are replaced whole, whenever its process ends."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.contracts.events import Event
+from pipeline.training import LocalContext
+
+
+class Silent:
+    def emit(self, event: Event) -> None:
+        """Takes events and forgets them."""
+
+
+class Killed(BaseException):
+    """A process that is no more: nothing may catch it."""
+
+
+def kill_at_call(number: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Makes call ``number`` of those that change a folder raise instead, a copy after its first file."""
+    calls = [0]
+
+    def count(function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **options: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == number:
+                if function is copytree:
+                    source, target = arguments
+                    target.mkdir()
+                    shutil.copy(min(source.iterdir()), target)
+                raise Killed
+            return function(*arguments, **options)
+
+        return counted
+
+    copytree = shutil.copytree
+    monkeypatch.setattr(shutil, "copytree", count(copytree))
+    monkeypatch.setattr(shutil, "rmtree", count(shutil.rmtree))
+    monkeypatch.setattr(Path, "rename", count(Path.rename))
+    return calls
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_commit_killed_anywhere_leaves_a_whole_checkpoint(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(step: int) -> Path:
+        folder = tmp_path / f"step-{step}"
+        folder.mkdir()
+        for name in ("a", "b"):
+            (folder / name).write_text(str(step))
+        return folder
+
+    def content() -> set[str]:
+        folder = context.resume_folder()
+        assert folder is not None
+        assert {file.name for file in folder.iterdir()} == {"a", "b"}
+        return {file.read_text() for file in folder.iterdir()}
+
+    context = LocalContext(tmp_path / "checkpoints", Silent())
+    assert context.resume_folder() is None
+    context.commit(write(1), {})
+    with monkeypatch.context() as patch:
+        calls = kill_at_call(number, patch)
+        completed = 1
+        try:
+            for step in (2, 3):
+                context.commit(write(step), {})
+                completed = step
+        except Killed:
+            pass
+    assert calls[0] == number, "there is no call of this number: the test covers less than it says"
+    assert content() in ({str(completed)}, {str(completed + 1)})
+    context.commit(write(9), {})
+    assert content() == {"9"}
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last"]
