@@ -58,6 +58,8 @@ def ray_session(
     options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True, "configure_logging": False}
     joined = address != "local" and _connect(ray, address, options)
     if not joined:
+        # Nobody takes this machine away on notice, and the watcher is one more process to start.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         cpus = max(math.ceil(total_demand(demands, at_most=True).get("CPU", 0.0)), os.cpu_count() or 1)
         ray.init(
             address="local",

@@ -338,8 +338,13 @@ def _write_config(folder: Path, name: str, command: str, config: Config, created
 
 
 def _resolve(config: Config, folder: Path) -> Config:
-    """Absolute paths, and what is settled at the start."""
-    values: dict[str, Any] = {"run.dir": str(folder), "tracking.uri": _tracking_uri(config.tracking.uri, folder)}
+    place = {"run.dir": str(folder), "tracking.uri": _tracking_uri(config.tracking.uri, folder)}
+    return settle(config).with_values(place)
+
+
+def settle(config: Config) -> Config:
+    """The configuration with absolute paths, and with what is settled when a run begins."""
+    values: dict[str, Any] = {}
     if config.train.blocks_per_step is None:
         values["train.blocks_per_step"] = config.cluster.num_workers
     for section, key in (("data", "path"), ("teacher", "checkpoint"), ("student", "checkpoint")):

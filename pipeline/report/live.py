@@ -23,6 +23,7 @@ from pipeline.report.tables import MAX_WIDTH, format_number
 _STEP_LINE_EVERY_S = 10.0
 _METRICS_SHOWN = ("top1", "nll", "ece", "agreement")
 _REFRESHES_PER_S = 4
+_NOT_IN_LINES = ("train/lr", "train/grad_norm")
 
 
 class LiveView:
@@ -49,8 +50,6 @@ class LiveView:
         if self._console.is_terminal:
             self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=_REFRESHES_PER_S)
             self._live.start()
-        else:
-            self._print(f"run {self._title} in {self._folder}")
         return self
 
     def __exit__(
@@ -106,7 +105,9 @@ class LiveView:
         self._last_step_line = event.time
         state = self._state
         left = state.time_left_s
-        parts = [self._position(), *self._speed(), _join(_losses(state)), state.bottleneck]
+        # A line has to fit where logs are read: the rate and the norm of the gradient are in the journal.
+        losses = {name: value for name, value in state.losses.items() if name not in _NOT_IN_LINES}
+        parts = [self._position(), *self._speed(), _join(_name_values(losses)), state.bottleneck]
         if left is not None:
             parts.append(f"{format_duration(left)} left")
         return ", ".join(part for part in parts if part)

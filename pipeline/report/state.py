@@ -64,7 +64,7 @@ class RunState:
         if self.data_wait <= WAITING_SHARE:
             return "student-bound"
         name = "teacher-bound" if self.with_teacher else "input-bound"
-        return f"{name} (student waits {self.data_wait:.0%} of the time)".replace("%", " %")
+        return f"{name} (student waits {self.data_wait:.0%})".replace("%", " %")
 
     @property
     def pool(self) -> str:

@@ -6,6 +6,7 @@ import yaml
 
 from pipeline.config.load import load_config
 from pipeline.config.request import Request
+from pipeline.config.runs import settle
 from pipeline.config.stored import hash_config
 from pipeline.contracts.columns import SPLITS
 from pipeline.models import build_classifier, load_checkpoint
@@ -20,10 +21,8 @@ def validate(request: Request) -> int:
     Raises:
         PipelineError: whatever ``distill`` would find before it began.
     """
-    config = load_config(request).config
+    config = settle(load_config(request).config)
     source = config.data.open()
-    if config.train.blocks_per_step is None:
-        config = config.with_values({"train.blocks_per_step": config.cluster.num_workers})
     print(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True).rstrip())
     print(f"\nconfig hash {hash_config(config)}\n")
 

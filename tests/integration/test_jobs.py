@@ -1,4 +1,7 @@
-"""Runs as Ray jobs: submitted to a head of their own from this folder, stopped, and gone on with. Three fits, all slow."""
+"""Runs as Ray jobs: submitted to a head of their own from this folder, stopped, and gone on with.
+
+Three fits, all of them slow.
+"""
 
 from __future__ import annotations
 

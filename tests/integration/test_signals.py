@@ -54,7 +54,7 @@ def make_teacher(folder: Path) -> list[str]:
     ("cluster", "epochs"),
     [
         (["cluster=inprocess"], 25),
-        pytest.param(["cluster=ray", "cluster.address=local"], 20, marks=pytest.mark.slow),
+        pytest.param(["cluster=ray", "cluster.address=local"], 8, marks=pytest.mark.slow),
     ],
     ids=["inprocess", "ray"],
 )
