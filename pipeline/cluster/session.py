@@ -16,9 +16,9 @@ from pipeline.errors import ResourceError
 # What Ray, Data and Train write through Python's logging.
 _LOGGERS = ("ray", "ray.data", "ray.train", "ray.tune", "ray.util", "ray._private")
 
-# Read by Ray when it is imported or started: a checkpoint counts once the controller has polled it.
+# Read by Ray when it is imported or started; what the user has set stands.
 _ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a checkpoint counts once the controller has polled it
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
@@ -26,18 +26,17 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
 }
-
-
-def set_environment() -> None:
-    """Sets what Ray reads when it starts, except where the user did."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+_ENVIRONMENT_OF_OWN = {
+    # Nobody takes this machine away on notice, and the watcher is one more process to start.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Without a dashboard nobody reads the figures of every process, which cost CPU time to collect.
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+}
+_OPTIONS: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True, "configure_logging": False}
 
 
 @contextmanager
-def ray_session(
-    address: str | None, demands: list[Demand], object_store_bytes: int | None, log_file: Path
-) -> Iterator[bool]:
+def ray_session(address: str | None, demands: list[Demand], log_file: Path) -> Iterator[bool]:
     """Connects for the time of the block; yields whether this call started the cluster.
 
     Args:
@@ -45,40 +44,54 @@ def ray_session(
             that runs on this machine, else starts one.
         demands: what the run needs. A cluster started here declares as many logical CPUs as that
             (they are a count, not a promise of speed); a cluster found is never told anything.
-        object_store_bytes: size of the object store of a cluster started here.
         log_file: takes Ray's own log lines.
     """
-    set_environment()
+    _set_defaults(_ENVIRONMENT)
     import ray
 
     if ray.is_initialized():  # a test or a notebook brought its own
         yield False
         return
-    handler = _log_to(log_file)
-    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True, "configure_logging": False}
-    joined = address != "local" and _connect(ray, address, options)
-    if not joined:
-        # Nobody takes this machine away on notice, and the watcher is one more process to start.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        cpus = max(math.ceil(total_demand(demands, at_most=True).get("CPU", 0.0)), os.cpu_count() or 1)
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            object_store_memory=object_store_bytes,
-            **options,
-        )
-    try:
-        yield not joined
-    finally:
-        ray.shutdown()
-        handler.close()
+    if address != "local":
+        with _log_to(log_file):
+            if _connect(ray, address):
+                try:
+                    yield False
+                finally:
+                    ray.shutdown()
+                return
+    num_cpus = max(math.ceil(total_demand(demands, at_most=True).get("CPU", 0.0)), os.cpu_count() or 1)
+    with own_ray(num_cpus, log_file):
+        yield True
 
 
-def _connect(ray: Any, address: str | None, options: dict[str, Any]) -> bool:
+@contextmanager
+def own_ray(num_cpus: int, log_file: Path, resources: dict[str, float] | None = None) -> Iterator[None]:
+    """A Ray on this machine, without a dashboard, for the time of the block.
+
+    Args:
+        resources: custom ones, such as accelerators that are only simulated.
+    """
+    _set_defaults(_ENVIRONMENT | _ENVIRONMENT_OF_OWN)
+    import ray
+
+    with _log_to(log_file):
+        ray.init(address="local", num_cpus=num_cpus, resources=resources, include_dashboard=False, **_OPTIONS)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _set_defaults(environment: dict[str, str]) -> None:
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
+
+
+def _connect(ray: Any, address: str | None) -> bool:
     """Joins the cluster at ``address``, or one that runs here; tells whether there was one."""
     try:
-        ray.init(address=address or os.environ.get("RAY_ADDRESS") or "auto", **options)
+        ray.init(address=address or os.environ.get("RAY_ADDRESS") or "auto", **_OPTIONS)
     except ConnectionError as error:
         wanted = address or os.environ.get("RAY_ADDRESS")
         if wanted and wanted != "auto":
@@ -90,20 +103,14 @@ def _connect(ray: Any, address: str | None, options: dict[str, Any]) -> bool:
     return True
 
 
-def _log_to(path: Path) -> logging.Handler:
+@contextmanager
+def _log_to(path: Path) -> Iterator[None]:
     """Sends to ``path`` what Ray would put on the terminal: its logs here, and its processes' output."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     # Importing them configures their loggers, so that comes before ours.
-    import ray._private.worker
-    import ray.data
-    import ray.train
-
-    for name in _LOGGERS:
-        logger = logging.getLogger(name)
-        logger.handlers = [handler]
-        logger.propagate = False
+    import ray._private.worker as ray_worker
 
     def write_lines(data: dict[str, Any], ignore_prefix: bool = False) -> None:
         if data["pid"] == "autoscaler":  # a page of status every few seconds, also where nothing scales
@@ -115,6 +122,16 @@ def _log_to(path: Path) -> logging.Handler:
             record = logging.LogRecord("ray.process", logging.INFO, "", 0, f"{who}({data['pid']}) {line}", None, None)
             handler.handle(record)
 
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    before = [(logger, logger.handlers, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.handlers, logger.propagate = [handler], False
     # Ray prints what its processes write past Python's logging; this function is where all of it passes.
-    ray._private.worker.print_to_stdstream = write_lines
-    return handler
+    printed_by, ray_worker.print_to_stdstream = ray_worker.print_to_stdstream, write_lines
+    try:
+        yield
+    finally:
+        ray_worker.print_to_stdstream = printed_by
+        for logger, handlers, propagate in before:
+            logger.handlers, logger.propagate = handlers, propagate
+        handler.close()

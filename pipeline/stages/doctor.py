@@ -90,9 +90,7 @@ def _cluster(config: Config) -> str:
     demands = list_demands(config, "train-teacher")
     with (
         tempfile.TemporaryDirectory() as scratch,
-        ray_session(
-            config.cluster.address, demands, config.cluster.object_store_bytes, Path(scratch) / "ray.log"
-        ) as started,
+        ray_session(config.cluster.address, demands, Path(scratch) / "ray.log") as started,
     ):
         check_demand(demands)
         # Ray counts bytes of memory and the names of nodes among the resources.

@@ -120,7 +120,7 @@ class _OnRay:
         cluster = work.config.cluster
         demands = list_demands(work.config, work.run.command)
         session.say("ray", detail="connecting to the cluster, or starting one here")
-        stack.enter_context(ray_session(cluster.address, demands, cluster.object_store_bytes, work.run.dir / "ray.log"))
+        stack.enter_context(ray_session(cluster.address, demands, work.run.dir / "ray.log"))
         check_demand(demands, resuming=work.run.resumed)
         session.say("ray", "finished")
         release = stack.enter_context(

@@ -4,7 +4,8 @@
 
 Modes: ``inline`` reads, decodes, augments, asks the teacher and trains, one after the other (decoding
 in a process of its own with ``--loader-workers 1``); ``student`` trains on blocks that are ready in
-memory; ``teacher`` runs its forward pass on such blocks. Prints one line of JSON.
+memory; ``teacher`` runs its forward pass on such blocks. Each line on standard input starts a
+measurement, which answers with one line of JSON.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import itertools
 import json
 import resource
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -78,18 +80,21 @@ def main() -> None:
         optimizer.step()
         loss.item()  # a user would log it
 
-    began, cpu_s = time.perf_counter(), _cpu_s()
-    for step in range(arguments.warmup + arguments.steps):
-        if step == arguments.warmup:
-            began, cpu_s = time.perf_counter(), _cpu_s()
-        batch = next(batches)
-        if arguments.mode == "teacher":
-            ask(batch[INPUT])
-        else:
-            train(batch, (logits if arguments.mode == "student" else ask(batch[INPUT])).clone())
-    wall_s, cpu_s = time.perf_counter() - began, _cpu_s() - cpu_s
-    samples = arguments.steps * arguments.batch_size
-    print(json.dumps({"samples_per_s": samples / wall_s, "cpu_s": cpu_s, "wall_s": wall_s, "samples": samples}))
+    for _line in sys.stdin:
+        for step in range(arguments.warmup + arguments.steps):
+            if step == arguments.warmup:
+                began, cpu_s = time.perf_counter(), _cpu_s()
+            batch = next(batches)
+            if arguments.mode == "teacher":
+                ask(batch[INPUT])
+            else:
+                train(batch, (logits if arguments.mode == "student" else ask(batch[INPUT])).clone())
+        samples = arguments.steps * arguments.batch_size
+        figures = {
+            "samples_per_s": samples / (time.perf_counter() - began),
+            "cpu_s_per_sample": (_cpu_s() - cpu_s) / samples,
+        }
+        print(json.dumps(figures), flush=True)
 
 
 def _cpu_s() -> float:
@@ -111,7 +116,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--teacher", default=TEACHER)
     parser.add_argument("--student-width", type=int, default=STUDENT_WIDTH)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--warmup", type=int, default=5, help="steps before the clock starts")
+    parser.add_argument("--warmup", type=int, default=4, help="steps before the clock starts")
     parser.add_argument("--steps", type=int, default=40, help="steps that are timed")
     return parser.parse_args()
 

@@ -15,25 +15,10 @@ from pipeline.contracts.events import Event, read_events
 @contextlib.contextmanager
 def local_ray(num_cpus: int, log_file: Path, resources: dict[str, float] | None = None) -> Iterator[None]:
     """A Ray as ``pipeline.cluster.session`` starts one, with custom resources in place of accelerators."""
-    from pipeline.cluster import session
+    from pipeline.cluster.session import own_ray
 
-    session.set_environment()
-    import ray
-
-    handler = session._log_to(log_file)
-    ray.init(
-        address="local",
-        num_cpus=num_cpus,
-        resources=resources,
-        include_dashboard=False,
-        log_to_driver=True,
-        configure_logging=False,
-    )
-    try:
+    with own_ray(num_cpus, log_file, resources):
         yield
-    finally:
-        ray.shutdown()
-        handler.close()
 
 
 def distill(run_dir: Path, overrides: list[str]) -> Journal:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 from tests.bench.measure import CpuClock, Series, ratio, say, table, verdict, write_section
@@ -15,7 +17,8 @@ from tests.bench.workload import PAIR, STUDENT_WIDTH, TEACHER, write_checkpoint,
 BATCH_SIZE = 128
 TRAIN_ROWS = 5_120
 WARMUP_STEPS = 20  # until the stream's buffers are as full as they stay
-WINDOW_STEPS = 80
+WINDOW_STEPS = 60
+PLAIN_STEPS = 40
 LOG_EVERY = 5
 
 PLAIN = {
@@ -37,13 +40,14 @@ def measure(rounds: int, pool_sizes: tuple[int, ...] = (1,)) -> None:
         folder = Path(name)
         write_images(folder / "data", TRAIN_ROWS, BATCH_SIZE)
         checkpoint = write_checkpoint(folder / "teacher.safetensors", TEACHER)
-        with local_ray(num_cpus=6, log_file=folder / "ray.log"), CpuClock() as clock:
+        with local_ray(num_cpus=6, log_file=folder / "ray.log"), CpuClock() as clock, ExitStack() as stack:
+            loops = {label: stack.enter_context(_PlainLoop(folder, options)) for label, options in PLAIN.items()}
             for index in range(rounds):
-                for label, arguments in PLAIN.items():
+                for label in PLAIN:
                     with say(f"round {index + 1}: {label}"):
-                        result = _plain(folder, arguments)
+                        result = loops[label].measure()
                     rates.setdefault(label, Series()).add(result["samples_per_s"])
-                    cpu.setdefault(label, Series()).add(1e6 * result["cpu_s"] / result["samples"])
+                    cpu.setdefault(label, Series()).add(1e6 * result["cpu_s_per_sample"])
                 for label, size in ours.items():
                     with say(f"round {index + 1}: {label}"):
                         journal = distill(folder / "runs" / f"{index}-{size}", _overrides(folder, checkpoint, size))
@@ -59,15 +63,26 @@ def measure(rounds: int, pool_sizes: tuple[int, ...] = (1,)) -> None:
     write_section("steady", _report(rates, cpu, shares, ahead, list(ours)))
 
 
-def _plain(folder: Path, arguments: tuple[str, ...]) -> dict[str, float]:
-    command = [
-        sys.executable, "-m", "tests.bench.plain_loop", "--data", str(folder / "data"),
-        "--checkpoint", str(folder / "teacher.safetensors"), "--teacher", TEACHER,
-        "--student-width", str(STUDENT_WIDTH), "--batch-size", str(BATCH_SIZE), "--steps", "50", *arguments,
-    ]  # fmt: skip
-    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
-    result: dict[str, float] = json.loads(output.splitlines()[-1])
-    return result
+class _PlainLoop(contextlib.AbstractContextManager["_PlainLoop"]):
+    """A ``tests.bench.plain_loop`` that waits, without using the CPU, until it is asked to measure."""
+
+    def __init__(self, folder: Path, options: tuple[str, ...]) -> None:
+        command = [
+            sys.executable, "-m", "tests.bench.plain_loop", "--data", str(folder / "data"),
+            "--checkpoint", str(folder / "teacher.safetensors"), "--batch-size", str(BATCH_SIZE),
+            "--steps", str(PLAIN_STEPS), *options,
+        ]  # fmt: skip
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def measure(self) -> dict[str, float]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(file=self._process.stdin, flush=True)
+        result: dict[str, float] = json.loads(self._process.stdout.readline())
+        return result
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate(timeout=30)
 
 
 def _overrides(folder: Path, checkpoint: Path, pool_size: int) -> list[str]:

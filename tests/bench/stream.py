@@ -35,8 +35,10 @@ def main() -> None:
     )
     parser.add_argument("section", choices=tuple(_MODULES))
     parser.add_argument("--rounds", type=int, help="repetitions (default: 5, or what is affordable in ten minutes)")
-    parser.add_argument("--teachers", type=int, nargs="+", help="steady: sizes of the pool; simulated: only these")
-    parser.add_argument("--students", type=int, nargs="+", help="simulated: only these numbers of workers")
+    parser.add_argument(
+        "--teachers", type=int, nargs="+", help="steady: sizes of the pool; simulated: all of these by --students"
+    )
+    parser.add_argument("--students", type=int, nargs="+", help="simulated: numbers of workers")
     arguments = parser.parse_args()
     # torch would take every core in every process.
     os.environ.setdefault("OMP_NUM_THREADS", "2")

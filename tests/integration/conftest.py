@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 
@@ -14,22 +13,10 @@ NUM_ACCELERATORS = 4
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A local Ray, started by the first test that asks for it; it takes about ten seconds."""
-    from pipeline.cluster.session import set_environment
+    from pipeline.cluster.session import own_ray
 
-    set_environment()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    import ray
-
-    ray.init(
-        address="local",
-        num_cpus=NUM_CPUS,
-        resources={FAKE_ACCELERATOR: NUM_ACCELERATORS},
-        object_store_memory=2 * 2**30,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-    yield
-    ray.shutdown()
+    with own_ray(NUM_CPUS, tmp_path_factory.mktemp("ray") / "ray.log", {FAKE_ACCELERATOR: NUM_ACCELERATORS}):
+        yield
