@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import deque
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.contracts.events import LIVE_ONLY, Emitter, Event
 
+_LATE_S = 10.0
 CAPACITY = 20_000  # events; some minutes of a fast run with the driver away
 
 
 class EventQueue:
-    """Actor: a bounded queue. When it is full, records for the live view alone are dropped first."""
+    """Actor: a bounded queue. When it is full, records for the live view alone are dropped, and counted."""
 
     def __init__(self, capacity: int = CAPACITY) -> None:
         self._events: deque[Event] = deque()
@@ -25,26 +26,19 @@ class EventQueue:
     def put(self, events: list[Event]) -> None:
         """Appends ``events`` in order."""
         for event in events:
-            if len(self._events) >= self._capacity:
+            # What belongs to the record of the run is kept at any length; it comes a few times a second at most.
+            if len(self._events) >= self._capacity and event.kind in LIVE_ONLY:
                 self._dropped += 1
-                if event.kind in LIVE_ONLY:
-                    continue
-                self._make_room()
+                continue
             self._events.append(event)
-
-    def _make_room(self) -> None:
-        for index, event in enumerate(self._events):
-            if event.kind in LIVE_ONLY:
-                del self._events[index]
-                return
-        self._events.popleft()
 
     def drain(self) -> list[Event]:
         """All events so far; the number of dropped ones is told as a warning."""
         events = list(self._events)
         self._events.clear()
         if self._dropped:
-            events.append(Event("warning", {"message": f"{self._dropped} events were dropped: the queue was full"}))
+            message = f"{self._dropped} records for the live view were dropped: the queue was full"
+            events.append(Event("warning", {"message": message}))
             self._dropped = 0
         return events
 
@@ -70,26 +64,39 @@ class QueueDrain:
     def __init__(self, journal: Emitter, interval_s: float = 0.5) -> None:
         self._journal = journal
         self._interval_s = interval_s
-        self._queue: Any = ray.remote(num_cpus=0, max_restarts=0)(EventQueue).remote()
+        # On this node: it shares the driver's fate, and no other's.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._queue: Any = ray.remote(num_cpus=0)(EventQueue).options(scheduling_strategy=here).remote()
+        self._pending: Any = None
         self.emitter = QueueEmitter(self._queue)
+        self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="event-drain", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         while not self._stopped.wait(self._interval_s):
-            # A busy cluster may answer late; what is in the queue then comes with the next look.
-            with contextlib.suppress(ray.exceptions.RayError):
-                self._move()
+            self.flush(_LATE_S)
 
-    def _move(self) -> None:
-        for event in ray.get(self._queue.drain.remote(), timeout=30.0):
-            self._journal.emit(event)
+    def flush(self, timeout_s: float) -> None:
+        """Moves what is in the queue now, if the actor answers in time."""
+        if not self._lock.acquire(timeout=timeout_s):  # another thread waits for the actor already
+            return
+        try:
+            # An answer that comes too late for this look is taken with the next: it has left the queue.
+            self._pending = self._pending or self._queue.drain.remote()
+            events = ray.get(self._pending, timeout=timeout_s)
+            self._pending = None
+            for event in events:
+                self._journal.emit(event)
+        except ray.exceptions.RayError:
+            pass  # a busy cluster answers later, a lost one not at all
+        finally:
+            self._lock.release()
 
     def close(self) -> None:
         """Moves what is left and ends the actor."""
         self._stopped.set()
-        self._thread.join(timeout=35.0)
-        with contextlib.suppress(ray.exceptions.RayError):
-            self._move()
+        self._thread.join(timeout=2 * _LATE_S)
+        self.flush(_LATE_S)
         ray.kill(self._queue)

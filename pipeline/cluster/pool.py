@@ -12,6 +12,7 @@ import numpy as np
 from pipeline.cluster.journal import QueueEmitter
 from pipeline.contracts.columns import BLOCK, INPUT, LABEL, SAMPLE_ID, TEACHER_LOGITS, VIEW
 from pipeline.contracts.events import Event
+from pipeline.errors import CheckpointError
 
 _REPORT_EVERY_S = 2.0
 KEPT_COLUMNS = (BLOCK, VIEW, SAMPLE_ID, LABEL, INPUT)
@@ -26,15 +27,31 @@ class TeacherActor:
         emitter: takes a record of the pool's use every two seconds.
         num_threads: torch's CPU threads.
         logits_only: leave the inputs out of the result.
+        fingerprint: what the weights must be; none: not compared.
+
+    Raises:
+        CheckpointError: the checkpoint holds other weights than when the run began.
     """
 
-    def __init__(self, build: bytes, emitter: QueueEmitter | None, num_threads: int, logits_only: bool = False) -> None:
+    def __init__(
+        self,
+        build: bytes,
+        emitter: QueueEmitter | None,
+        num_threads: int,
+        logits_only: bool = False,
+        fingerprint: str | None = None,
+    ) -> None:
         import torch
 
         from pipeline.models import Teacher
 
         torch.set_num_threads(num_threads)
         self._teacher = Teacher(**pickle.loads(build))
+        if fingerprint is not None and self._teacher.fingerprint != fingerprint:
+            raise CheckpointError(
+                f"the teacher's checkpoint now has fingerprint {self._teacher.fingerprint}, at the start of the run it "
+                f"had {fingerprint}; put the old weights back and resume, or start a new run"
+            )
         self._emitter = emitter
         self._columns = (BLOCK, SAMPLE_ID) if logits_only else KEPT_COLUMNS
         self._name = f"{os.uname().nodename}:{os.getpid()}"

@@ -48,7 +48,7 @@ def total_demand(demands: list[Demand], at_most: bool = False) -> dict[str, floa
     return {name: amount for name, amount in sums.items() if amount}
 
 
-def demand_rows(demands: list[Demand], available: dict[str, float] | None) -> list[list[str]]:
+def demand_rows(demands: list[Demand]) -> list[list[str]]:
     """Rows of the preflight table: who, how many, what each takes, in sum."""
     rows = [
         [
@@ -60,8 +60,6 @@ def demand_rows(demands: list[Demand], available: dict[str, float] | None) -> li
         for demand in demands
     ]
     rows.append(["all", "", "", show_resources(total_demand(demands))])
-    if available is not None:
-        rows.append(["the cluster", "", "", show_resources({n: available.get(n, 0.0) for n in total_demand(demands)})])
     return rows
 
 
@@ -167,7 +165,7 @@ def _take_turn(run_name: str, deadline: float, wait_s: float, say: Callable[[str
             turn: Any = ray.remote(num_cpus=0)(_Admission).options(name=ADMISSION, namespace=ADMISSION).remote(run_name)
             ray.get(turn.holder.remote(), timeout=60)
             return turn
-        except ValueError:
+        except (ValueError, ray.exceptions.GetTimeoutError):  # the name is taken, or the cluster too busy to say
             if time.monotonic() > deadline:
                 raise ResourceError(
                     f"another run was being placed on this cluster for all of cluster.wait_s={wait_s:g}; try again"

@@ -70,13 +70,14 @@ class SplitBlocks:
 
 @dataclass(frozen=True)
 class PoolPlan:
-    """How the teacher pool runs; see ``TeacherActor`` for ``build``."""
+    """How the teacher pool runs; see ``TeacherActor`` for ``build`` and ``fingerprint``."""
 
     build: bytes
     min_size: int
     max_size: int
     actor_options: dict[str, Any]
     num_threads: int
+    fingerprint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class StreamPlan:
         pool: the teacher pool; none where no teacher is needed.
         emitter: where the pool's actors record their use.
         max_read_tasks: reads in parallel.
+        max_decode_tasks: decodes in parallel; none: as many as there are CPUs left.
         object_store_bytes: share of the object store for the stream; none: Ray Data's default.
         no_progress_timeout_s: how long an execution may stand still before it is an error.
         blocks_per_step: blocks of an optimizer step; the number of workers divides it.
@@ -105,11 +107,11 @@ class StreamPlan:
     pool: PoolPlan | None
     emitter: Any = None
     max_read_tasks: int = 2
+    max_decode_tasks: int | None = None
     object_store_bytes: int | None = None
     no_progress_timeout_s: float = 1_800.0
     blocks_per_step: int = 1
     logits_only: bool = False
-    num_rows: int | None = None  # where the last block may be short
 
     @property
     def blocks_per_task(self) -> int:
@@ -179,6 +181,7 @@ def build_stream(plan: StreamPlan, first: int, stop: int) -> Dataset:
         batch_size=None,
         batch_format="pyarrow",
         zero_copy_batch=True,
+        concurrency=plan.max_decode_tasks,
     )
     if plan.pool is not None:
         pool = plan.pool
@@ -187,7 +190,7 @@ def build_stream(plan: StreamPlan, first: int, stop: int) -> Dataset:
             warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
             dataset = dataset.map_batches(
                 TeacherActor,
-                fn_constructor_args=(pool.build, plan.emitter, pool.num_threads, plan.logits_only),
+                fn_constructor_args=(pool.build, plan.emitter, pool.num_threads, plan.logits_only, pool.fingerprint),
                 batch_size=None,
                 batch_format="numpy",
                 zero_copy_batch=True,
@@ -270,6 +273,6 @@ def segment_name(index: int) -> str:
     return f"train-{index:04d}"
 
 
-def whole_split(plan: StreamPlan, num_rows: int) -> StreamPlan:
+def whole_split(plan: StreamPlan) -> StreamPlan:
     """The same stream over a split in the order of its ids, without augmentation, for logits alone."""
-    return replace(plan, augment=AugmentParams(), logits_only=True, num_rows=num_rows)
+    return replace(plan, augment=AugmentParams(), logits_only=True)

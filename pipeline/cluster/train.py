@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from pipeline.cluster.stream import (
     segments,
 )
 from pipeline.cluster.tasks import find_pipeline_error
+from pipeline.contracts.checkpoints import find_furthest, read_cursor
 from pipeline.contracts.events import Emitter, Event
 from pipeline.errors import PipelineError, TrainingError
 
@@ -47,6 +48,7 @@ class FitPlan:
         num_blocks: end of the run in blocks.
         worker_resources: of each worker, Ray's names.
         num_threads: torch's CPU threads in a worker.
+        start_from: a checkpoint kept elsewhere, which counts if it is further than Ray Train's own.
     """
 
     spec: Any
@@ -57,6 +59,7 @@ class FitPlan:
     num_threads: int
     max_failures: int
     with_teacher: bool
+    start_from: Path | None = None
 
 
 def fit(plan: FitPlan, source: ray.ObjectRef[Any], stream: StreamPlan, emitter: Emitter) -> Path:
@@ -77,7 +80,7 @@ def fit(plan: FitPlan, source: ray.ObjectRef[Any], stream: StreamPlan, emitter: 
     fatal = plan.storage / _FATAL_FILE
     fatal.unlink(missing_ok=True)
     configure_context(ray.data.DataContext.get_current(), stream)
-    read_cursor = partial(committed_cursor, str(plan.storage))
+    find_cursor = partial(_find_cursor, str(plan.storage), plan.start_from)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
@@ -98,7 +101,7 @@ def fit(plan: FitPlan, source: ray.ObjectRef[Any], stream: StreamPlan, emitter: 
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
         datasets=chain_streams(
-            stream, partial(_cursor_unless_fatal, read_cursor, str(fatal)), read_cursor(), plan.num_blocks
+            stream, partial(_cursor_unless_fatal, find_cursor, str(fatal)), find_cursor(), plan.num_blocks
         ),
         dataset_config=DataConfig(execution_options=execution_options(stream)),
     )
@@ -106,9 +109,9 @@ def fit(plan: FitPlan, source: ray.ObjectRef[Any], stream: StreamPlan, emitter: 
         trainer.fit()
     except Exception as error:
         raise _explain(error, fatal) from error
-    folder = committed_folder(str(plan.storage))
-    if folder is None:
-        raise TrainingError(f"training ended without a checkpoint in {plan.storage}; see ray.log in the run folder")
+    folder = find_furthest([committed_folder(str(plan.storage)), plan.start_from])
+    if folder is None or read_cursor(folder) != plan.num_blocks:
+        raise TrainingError(f"training ended without its last checkpoint in {plan.storage}; resume the run")
     return folder
 
 
@@ -121,24 +124,17 @@ def committed_folder(storage: str) -> Path | None:
     return None if checkpoint is None else Path(checkpoint.path)
 
 
-def committed_cursor(storage: str) -> int:
-    """Blocks consumed at the last committed checkpoint."""
-    folder = committed_folder(storage)
-    return 0 if folder is None else _read_cursor(folder)
+def _find_cursor(storage: str, start_from: Path | None) -> int:
+    """Blocks consumed at the checkpoint that the workers are going to restore."""
+    folder = find_furthest([committed_folder(storage), start_from])
+    return 0 if folder is None else read_cursor(folder)
 
 
-def _read_cursor(folder: Path) -> int:
-    # Written by pipeline.training.state, which imports torch; this also runs where torch is not wanted.
-    cursor: int = json.loads((folder / "cursor.json").read_text())["cursor"]
-    return cursor
-
-
-def _cursor_unless_fatal(read_cursor: Any, fatal: str) -> int:
+def _cursor_unless_fatal(find_cursor: Callable[[], int], fatal: str) -> int:
     """Ends a run whose failure would only repeat: Ray does not retry an error of the controller."""
     if Path(fatal).exists():
         raise TrainingError("a worker met an error that a restart would only repeat")
-    cursor: int = read_cursor()
-    return cursor
+    return find_cursor()
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -150,7 +146,7 @@ def _worker(config: dict[str, Any]) -> None:
     plan: FitPlan = config["plan"]
     torch.set_num_threads(plan.num_threads)
     try:
-        context = RayWorkerContext(config["emitter"])
+        context = RayWorkerContext(config["emitter"], plan.start_from)
         shards = ShardSource(config["blocks_per_segment"], plan.num_blocks, plan.with_teacher, context.cursor())
         train(build_job(plan.spec, ray.get(config["source"])), context, shards)
     except Exception as error:
@@ -208,7 +204,7 @@ def _as_blocks(stream: Iterator[dict[str, Any]]) -> Iterator[Any]:
 class RayWorkerContext:
     """A Ray Train worker; see ``pipeline.training.WorkerContext``."""
 
-    def __init__(self, emitter: Emitter) -> None:
+    def __init__(self, emitter: Emitter, start_from: Path | None = None) -> None:
         import ray.train.torch
 
         train_context = ray.train.get_context()
@@ -219,14 +215,14 @@ class RayWorkerContext:
 
         checkpoint = ray.train.get_checkpoint()
         # The storage is a folder that every node sees, so the checkpoint is read where it lies.
-        self._folder = None if checkpoint is None else Path(checkpoint.path)
+        self._folder = find_furthest([None if checkpoint is None else Path(checkpoint.path), start_from])
 
     def resume_folder(self) -> Path | None:
         return self._folder
 
     def cursor(self) -> int:
         """Blocks consumed at the checkpoint that this worker restores."""
-        return 0 if self._folder is None else _read_cursor(self._folder)
+        return 0 if self._folder is None else read_cursor(self._folder)
 
     def wrap(self, network: Any) -> Any:
         if self.world_size == 1:

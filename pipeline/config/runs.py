@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import logging
-import math
 import os
 import platform
 import re
@@ -20,6 +18,7 @@ from typing import IO, Any, Self
 import yaml
 
 from pipeline.config.provenance import collect_provenance
+from pipeline.config.results import read_run_id, write_json, write_result
 from pipeline.config.schema import Config
 from pipeline.config.stored import (
     RunStatus,
@@ -100,7 +99,7 @@ class Run:
 
     def set_status(self, status: RunStatus, message: str = "") -> None:
         """Records how far the run got, and which process says so."""
-        _write_json(
+        write_json(
             self.dir / "status.json",
             {"status": status, "message": message, "pid": os.getpid(), "host": platform.node(), "time": time.time()},
         )
@@ -137,29 +136,15 @@ class Run:
         Returns:
             Path of ``result.json``.
         """
-        result = {
-            "status": status,
-            "run_dir": str(self.dir),
-            "mlflow_run_id": _read_run_id(self.dir),
-            "config_hash": self.config_hash,
-            "metrics": dict(metrics),
-            "exit_code": exit_code,
-            **({"error": error} if error is not None else {}),
-            **(extra or {}),
-        }
-        _write_json(self.result_path, result)
+        values = {"exit_code": exit_code, **({"error": error} if error is not None else {}), **(extra or {})}
+        write_result(self.result_path, self.dir, self.config_hash, status, metrics, values)
         self.set_status(status, error or "")
         self.finished = status == "finished"
         return self.result_path
 
     def refresh_result(self) -> None:
         """Puts the tracker's id of the run into ``result.json``, for a run that was finished without one."""
-        _write_json(self.result_path, self.read_result() | {"mlflow_run_id": _read_run_id(self.dir)})
-
-
-def _read_run_id(folder: Path) -> str | None:
-    path = folder / "tracking.json"
-    return read_json(path).get("run_id") if path.exists() else None
+        write_json(self.result_path, self.read_result() | {"mlflow_run_id": read_run_id(self.dir)})
 
 
 def open_run(
@@ -202,7 +187,7 @@ def open_run(
             _write_config(folder, stored.name, command, resolved, read_json(folder / "run.json")["created"])
         finished = stored.status == "finished" and not changed
         if stored.status == "finished" and changed:
-            _write_json(folder / "status.json", read_json(folder / "status.json") | {"status": "new"})
+            write_json(folder / "status.json", read_json(folder / "status.json") | {"status": "new"})
         return Run(folder, stored.name, command, resolved, lock, resumed=not finished, finished=finished)
     except BaseException:
         if named is None and not (folder / "run.json").exists():
@@ -279,7 +264,12 @@ def _lock(folder: Path) -> IO[str]:
 
 def _read_stored(folder: Path) -> StoredRun | None:
     if (folder / "run.json").exists():
-        return read_run(folder)
+        if not _never_began(folder):
+            return read_run(folder)
+        # What was refused before it began holds nobody to its configuration.
+        for name in ("events.jsonl", "tracking.json", "result.json", "run.json"):
+            (folder / name).unlink(missing_ok=True)
+        return None
     others = sorted(path.name for path in folder.iterdir() if path.name not in _BEFORE_RUN_JSON)
     others = [name for name in others if not name.endswith(".tmp")]
     if others:
@@ -288,6 +278,15 @@ def _read_stored(folder: Path) -> StoredRun | None:
             f"{', '.join(others[:3])}; give another folder"
         )
     return None
+
+
+def _never_began(folder: Path) -> bool:
+    """Whether the run was refused (exit code 2) before any work, so that nothing of it is there to go on with."""
+    result = folder / "result.json"
+    if not result.exists() or any((folder / name).exists() for name in ("checkpoints", "ray", "model")):
+        return False
+    values = read_json(result)
+    return values.get("status") == "failed" and values.get("exit_code") == 2
 
 
 def _adopt(config: Config, stored: StoredRun) -> Config:
@@ -321,8 +320,8 @@ def _write_new(
 ) -> None:
     created = datetime.now().astimezone().isoformat(timespec="seconds")
     facts = {"config_hash": hash_config(config), "created": created, **collect_provenance(), **provenance()}
-    _write_json(folder / "provenance.json", facts)
-    _write_json(folder / "status.json", {"status": "new", "message": "", "pid": os.getpid(), "host": platform.node()})
+    write_json(folder / "provenance.json", facts)
+    write_json(folder / "status.json", {"status": "new", "message": "", "pid": os.getpid(), "host": platform.node()})
     _write_config(folder, name, command, config, created)
 
 
@@ -331,7 +330,7 @@ def _write_config(folder: Path, name: str, command: str, config: Config, created
     head = f"# python -m pipeline {command} resume={folder}\n"
     write_text(folder / "config.yaml", head + yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
     run = {"name": name, "command": command, "config_hash": hash_config(config), "created": created}
-    _write_json(folder / "run.json", run)
+    write_json(folder / "run.json", run)
 
 
 # --- paths --------------------------------------------------------------------------------------------------------
@@ -374,15 +373,3 @@ def _refuse_vanishing(key: str, path: Path) -> None:
         f"{key}: {path.resolve()} lies in the job's unpacked working folder and would vanish with the job; "
         f"give {key}={example}, on storage that outlives it"
     )
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(_finite(values), indent=2, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -43,7 +43,7 @@ class ClusterParams(Params):
     """``ray``: Ray Train workers; ``driver``: the student in this process on Ray's stream; ``inprocess``: no Ray."""
     num_workers: int = Field(default=1, ge=1)
     """Processes that train the student together."""
-    num_cpus_per_worker: float = Field(default=1, ge=0)
+    num_cpus_per_worker: float = Field(default=1, gt=0)
     num_gpus_per_worker: float = Field(default=0, ge=0)
     resources_per_worker: dict[str, float] = Field(default_factory=dict)
     """Custom resources by name."""
@@ -54,7 +54,8 @@ class ClusterParams(Params):
     max_failures: int = Field(default=3, ge=0)
     """Restarts of the workers before the run is given up."""
     data_cpus: float | None = Field(default=None, gt=0)
-    """Most CPUs that reading and decoding may use; none: what workers and teachers leave."""
+    """Most tasks that read, and most that decode, at a time; none: two that read, and as many that decode as
+    workers and teachers leave CPUs for."""
     object_store_bytes: int | None = Field(default=None, ge=1)
     """Most memory of the object store that the stream may fill; none: Ray's own limit."""
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from pipeline.config.load import load_config
+from pipeline.config.load import load_config, take_run
 from pipeline.config.request import Request
+from pipeline.config.results import write_result
 from pipeline.config.schema import Config
-from pipeline.config.stored import StoredRun, find_run, read_run, write_text
+from pipeline.config.stored import StoredRun, find_run, read_run
 from pipeline.contracts.columns import SplitName
-from pipeline.data.logits import load_logits, save_logits
+from pipeline.data.logits import save_logits
 from pipeline.errors import ConfigError
 from pipeline.models import Teacher, resolve_checkpoint
 from pipeline.stages.training import metrics_table
@@ -42,27 +42,24 @@ def evaluate(request: Request) -> int:
             if not logits.exists():
                 teacher = teacher or Teacher(**teacher_arguments(config.teacher, source, config.train.batch_size))
                 save_logits(logits, compute_logits(teacher, source.decoder(split), reader, config.train.batch_size))
-            load_logits(logits)
         job = EvaluationSpec(
             network, str(weights), source.spec, source.decoder(split), reader, split, config.evaluation,
-            None if logits is None else str(logits),
+            None if logits is None else str(logits), config.train.precision,
         )  # fmt: skip
         metrics |= evaluate_weights(job).metrics
     print(metrics_table(stored.name, metrics))
     path = stored.dir / "evaluate" / "result.json"
     path.parent.mkdir(exist_ok=True)
-    result = {"status": "finished", "run_dir": str(stored.dir), "config_hash": stored.config_hash, "metrics": metrics}
-    write_text(path, json.dumps(result, indent=2) + "\n")
+    write_result(path, stored.dir, stored.config_hash, "finished", metrics, {"exit_code": 0})
     print(path, flush=True)
     return 0
 
 
 def _load_run(request: Request) -> tuple[StoredRun, Config]:
     """The run that ``run=RUN`` names, and its configuration with the other overrides on top."""
-    runs = [text.removeprefix("run=") for text in request.overrides if text.startswith("run=")]
-    if len(runs) != 1 or not runs[0]:
-        raise ConfigError("evaluate needs one run=RUN: a run folder, or its name under runs/")
-    stored = read_run(find_run(runs[0]))
-    others = tuple(text for text in request.overrides if not text.startswith("run="))
+    run, others = take_run(request.overrides, "run")
+    if run is None:
+        raise ConfigError("evaluate needs run=RUN: a run folder, or its name under runs/")
+    stored = read_run(find_run(run))
     resume = Request(stored.command, (f"resume={stored.dir}", *others), request.conf_dirs, request.debug)
     return stored, load_config(resume).config

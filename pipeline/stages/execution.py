@@ -26,6 +26,7 @@ from pipeline.training import (
     build_job,
     compute_logits,
     evaluate_weights,
+    find_local,
     read_state,
     teacher_arguments,
     train,
@@ -73,7 +74,7 @@ class _InProcess:
         if work.teacher is not None:
             from pipeline.models import Teacher
 
-            self._teacher = Teacher(**_teacher_arguments(work))
+            self._teacher = Teacher(**_teacher_arguments(work, None))
 
     def train(self) -> BestRecord:
         work = self._work
@@ -88,7 +89,7 @@ class _InProcess:
             work.plan.num_blocks,
             self._teacher,
         )
-        context = LocalContext(work.run.dir / "checkpoints", self._session.journal)
+        context = _local_context(work, self._session)
         state = train(build_job(work.spec(logits), work.source), context, source)
         self._session.say("training", "finished")
         return _kept(state.best)
@@ -130,6 +131,7 @@ class _OnRay:
         session.listen(lambda event: release() if event.kind == "step" else None)
         self._drain = QueueDrain(session.journal)
         stack.callback(self._drain.close)
+        session.before_kill(lambda: self._drain.flush(0.3))
 
     def train(self) -> BestRecord:
         work = self._work
@@ -153,6 +155,7 @@ class _OnRay:
             num_threads=_num_threads(work),
             max_failures=cluster.max_failures,
             with_teacher=work.teacher is not None,
+            start_from=find_local(work.run.dir / "checkpoints"),
         )
         folder = fit(plan, share(work.source), self._training_stream(), self._drain.emitter)
         saved = read_state(folder)["best"]
@@ -163,7 +166,7 @@ class _OnRay:
 
         work = self._work
         source = DriverSource(self._training_stream(), work.plan.num_blocks, work.teacher is not None)
-        context = LocalContext(work.run.dir / "checkpoints", self._session.journal)
+        context = _local_context(work, self._session)
         return _kept(train(build_job(work.spec(logits), work.source), context, source).best)
 
     def evaluate(self, split: SplitName, reader: SplitReader) -> Evaluation:
@@ -185,7 +188,7 @@ class _OnRay:
 
             self._session.say("teacher logits", detail=f"{split}, {reader.num_rows} rows")
             blocks = SplitBlocks(reader, self._work.config.train.batch_size)
-            write_pool_logits(whole_split(self._stream(blocks, split), reader.num_rows), reader.num_rows, path)
+            write_pool_logits(whole_split(self._stream(blocks, split)), reader.num_rows, path)
             self._session.say("teacher logits", "finished")
         return path
 
@@ -210,6 +213,7 @@ class _OnRay:
             pool=self._pool_plan(),
             emitter=self._drain.emitter,
             max_read_tasks=_num_data_tasks(work.config),
+            max_decode_tasks=None if config.cluster.data_cpus is None else _num_data_tasks(config),
             object_store_bytes=config.cluster.object_store_bytes,
             no_progress_timeout_s=config.teacher.pool.no_progress_timeout_s,
             blocks_per_step=work.plan.blocks_per_step,
@@ -230,8 +234,16 @@ class _OnRay:
             **({"accelerator_type": pool.accelerator_type} if pool.accelerator_type else {}),
             **({"label_selector": dict(pool.label_selector)} if pool.label_selector else {}),
         }
-        build = pickle.dumps(_teacher_arguments(self._work))
-        return PoolPlan(build, pool.min, pool.max or pool.min, options, max(1, int(pool.num_cpus)))
+        # Ray does not hide GPUs from a process that holds none of them.
+        device = "cuda" if pool.num_gpus else "cpu"
+        return PoolPlan(
+            build=pickle.dumps(_teacher_arguments(self._work, device)),
+            min_size=pool.min,
+            max_size=pool.max or pool.min,
+            actor_options=options,
+            num_threads=max(1, int(pool.num_cpus)),
+            fingerprint=self._work.teacher.fingerprint,
+        )
 
 
 def list_demands(config: Config, command: str) -> list[Demand]:
@@ -246,6 +258,8 @@ def list_demands(config: Config, command: str) -> list[Demand]:
     if learns_from_teacher(config, command):
         pool = config.teacher.pool
         bundle = {"CPU": pool.num_cpus, "GPU": pool.num_gpus, **pool.resources}
+        if pool.accelerator_type is not None:
+            bundle[f"accelerator_type:{pool.accelerator_type}"] = 0.001  # how Ray counts what a node is of
         demands.append(Demand("teacher actor", pool.min, bundle, "teacher.pool.min", most=pool.max))
     demands.append(Demand("data task", _num_data_tasks(config), {"CPU": 1.0}, "cluster.data_cpus"))
     return demands
@@ -257,7 +271,7 @@ def preflight_rows(config: Config, command: str) -> list[list[str]]:
         return [["this process", "1", "no Ray", "-"]]
     from pipeline.cluster.preflight import demand_rows
 
-    return demand_rows(list_demands(config, command), None)
+    return demand_rows(list_demands(config, command))
 
 
 def _worker_bundle(config: Config) -> dict[str, float]:
@@ -281,8 +295,33 @@ def _logits_path(work: Work, split: SplitName, reader: SplitReader) -> Path:
     return logits_path(work.run.dir, work.teacher, work.source, split, reader)
 
 
-def _teacher_arguments(work: Work) -> TeacherArguments:
-    return teacher_arguments(work.config.teacher, work.source, work.config.train.batch_size)
+def _teacher_arguments(work: Work, device: str | None) -> TeacherArguments:
+    return teacher_arguments(work.config.teacher, work.source, work.config.train.batch_size, device)
+
+
+def _student_device(config: Config) -> str | None:
+    """Where the student lives; none: on the GPU of this process, if it has one."""
+    if config.cluster.name == "inprocess":
+        return None
+    return "cuda" if config.cluster.num_gpus_per_worker else "cpu"
+
+
+def _local_context(work: Work, session: RunSession) -> LocalContext:
+    """One worker in this process, which goes on where Ray Train's workers got further."""
+    import torch
+
+    config, storage = work.config, work.run.dir / "ray"
+    committed = None
+    if storage.exists():
+        from pipeline.cluster.train import committed_folder
+
+        committed = committed_folder(str(storage))
+    if config.train.num_threads is not None:
+        torch.set_num_threads(config.train.num_threads)
+    device = _student_device(config)
+    return LocalContext(
+        work.run.dir / "checkpoints", session.journal, None if device is None else torch.device(device), committed
+    )
 
 
 def _evaluation_spec(work: Work, split: SplitName, reader: SplitReader, logits: Path | None) -> EvaluationSpec:
@@ -295,6 +334,8 @@ def _evaluation_spec(work: Work, split: SplitName, reader: SplitReader, logits: 
         split,
         work.config.evaluation,
         None if logits is None else str(logits),
+        work.config.train.precision,
+        _student_device(work.config),
     )
 
 

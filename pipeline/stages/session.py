@@ -23,6 +23,7 @@ _KILL_FLUSH_S = 1.0  # a job is killed three seconds after it was told to stop
 _CLOSE_FLUSH_S = 60.0
 _AWAY_FLUSH_S = 5.0  # a server that is away may take hours; the run is not held up for it
 _LOOK_S = 0.25
+_JOIN_S = 0.5
 
 
 class RunSession:
@@ -47,6 +48,7 @@ class RunSession:
         self._tracker = _open_tracker(run, dataset, required=run.config.tracking.required)
         self._view = LiveView(run.name, run.dir, with_teacher=with_teacher)
         self._listeners: list[Callable[[Event], None]] = []
+        self._last_words: list[Callable[[], None]] = []
         self._stopped = threading.Event()
         self._reader = threading.Thread(target=self._read, name="live-view", daemon=True)
 
@@ -69,16 +71,22 @@ class RunSession:
         """Calls ``listener`` with every event from now on, soon after it was written."""
         self._listeners.append(listener)
 
+    def before_kill(self, action: Callable[[], None]) -> None:
+        """Has ``action``, which must be quick, done before a killed run records its end."""
+        self._last_words.append(action)
+
     def say(self, name: str, state: str = "started", detail: str = "") -> None:
         """Records that a stage of the run began or ended, or what it waits for."""
         self.journal.emit(Event("stage", {"name": name, "state": state, "detail": detail}))
 
     def finish(self, metrics: Mapping[str, float], extra: Mapping[str, Any]) -> None:
         """The run is complete: result, status, and everything sent to the tracker."""
+        # The result first: a run that is complete stays so, whatever happens while the tracker is waited for.
+        self.run.write_result("finished", metrics, extra)
         self.journal.emit(Event("status", {"status": "finished", "message": ""}))
         sent = _close(self._tracker)
         self._close_view()
-        self.run.write_result("finished", metrics, extra)
+        self.run.refresh_result()
         if not sent:
             print(f"tracking: not everything was sent ({self._tracker.problem}); {self.run.resume_command} sends it")
 
@@ -95,6 +103,8 @@ class RunSession:
     def kill(self, code: int) -> None:
         """Records that the run was told to stop, and ends this process at once."""
         reason = f"stopped by {signal.Signals(code - 128).name}"
+        for action in self._last_words:
+            action()
         self.journal.emit(Event("status", {"status": "killed", "message": reason}))
         self.run.write_result("killed", {}, exit_code=code, error=reason)
         self._close_view()
@@ -115,12 +125,14 @@ class RunSession:
             self._offset = offset
             self._view.show(event)
             for listener in self._listeners:
-                listener(event)
+                with contextlib.suppress(Exception):  # whoever listens must not end the view
+                    listener(event)
 
     def _close_view(self) -> None:
         self._stopped.set()
         if self._reader.is_alive():
-            self._reader.join()
+            self._reader.join(timeout=_JOIN_S)
+        if not self._reader.is_alive():
             self._show_new()
         self._view.close()
 

@@ -10,7 +10,7 @@ from pipeline.config.request import Request
 from pipeline.config.runs import Run, open_run
 from pipeline.contracts.events import Event
 from pipeline.data import DataSource
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, RunError
 from pipeline.models import Classifier, ModelCard, build_classifier, save_model
 from pipeline.report.tables import render_table
 from pipeline.stages.execution import Execution, open_execution, preflight_rows
@@ -38,6 +38,8 @@ def run_training(request: Request, defaults: Sequence[str] = ()) -> int:
             send_rest(run, describe_dataset(source, run))
             show_result(run)
             return 0
+        if run.resumed:
+            check_unchanged(run, facts)
         try:
             work = prepare_work(run, source, teacher)
             session = RunSession(run, describe_dataset(source, run), with_teacher=teacher is not None)
@@ -55,6 +57,21 @@ def run_training(request: Request, defaults: Sequence[str] = ()) -> int:
             raise
         show_result(run)
     return 0
+
+
+def check_unchanged(run: Run, facts: Mapping[str, str | None]) -> None:
+    """Refuses to go on with a run whose data or teacher are no longer what it began with.
+
+    Raises:
+        RunError: with both fingerprints.
+    """
+    recorded = run.read_provenance()
+    for name, now in facts.items():
+        if recorded.get(name) != now:
+            raise RunError(
+                f"{run.dir} began with {name} of fingerprint {recorded.get(name)}, but it now has {now}; put back what "
+                "it began with, or start a new run"
+            )
 
 
 def _announce(run: Run) -> None:

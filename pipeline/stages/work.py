@@ -93,9 +93,21 @@ def check_teacher(config: Config, source: DataSource) -> CheckedTeacher:
     classifier = build_classifier(params, source.spec)
     load_checkpoint(classifier, params, role="teacher")
     fingerprint = fingerprint_state(classifier.network.state_dict())
-    parts = [fingerprint, params.architecture(), params.mean, params.std, params.precision]
+    parts = [fingerprint, params.architecture(), params.mean, params.std, _compute_dtype(config)]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
     return CheckedTeacher(fingerprint, key)
+
+
+def _compute_dtype(config: Config) -> str:
+    """The teacher's precision, resolved: logits in bf16 are not those in fp32."""
+    precision = config.teacher.precision
+    if precision != "auto":
+        return precision
+    if config.cluster.name == "inprocess":
+        import torch
+
+        return "bf16" if torch.cuda.is_available() else "fp32"
+    return "bf16" if config.teacher.pool.num_gpus else "fp32"
 
 
 def prepare_work(run: Run, source: DataSource, teacher: CheckedTeacher | None) -> Work:

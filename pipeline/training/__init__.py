@@ -1,6 +1,6 @@
 """Training and evaluation loops: pure torch, no knowledge of Ray or of the tracker."""
 
-from pipeline.training.context import BatchSource, Block, LocalContext, WorkerContext, check_block
+from pipeline.training.context import BatchSource, Block, LocalContext, WorkerContext, check_block, find_local
 from pipeline.training.job import (
     EvaluationSpec,
     InProcessSource,
@@ -16,9 +16,9 @@ from pipeline.training.job import (
 )
 from pipeline.training.loop import TrainJob, train
 from pipeline.training.params import OptimizerParams, TrainParams
-from pipeline.training.plan import RunPlan, divisors
+from pipeline.training.plan import RunPlan
 from pipeline.training.prefetch import ReadAhead
-from pipeline.training.state import BestRecord, TrainState, read_cursor, read_state
+from pipeline.training.state import BestRecord, TrainState, read_state
 from pipeline.training.validation import Evaluation, EvaluationSet, open_test
 
 __all__ = [
@@ -42,13 +42,12 @@ __all__ = [
     "build_job",
     "check_block",
     "compute_logits",
-    "divisors",
     "evaluate_weights",
+    "find_local",
     "make_plan",
     "make_planner",
     "open_test",
     "open_training",
-    "read_cursor",
     "read_state",
     "teacher_arguments",
     "train",

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.contracts.checkpoints import find_furthest
 from pipeline.contracts.events import Emitter, Event
 from pipeline.errors import StreamError
 
@@ -95,19 +96,19 @@ class LocalContext(Alone):
         folder: where checkpoints live; it may hold one to go on from.
         emitter: takes the events.
         device: where to train; by default the first GPU, else the CPU.
+        start_from: a checkpoint kept elsewhere, which counts if it is further than those in ``folder``.
     """
 
-    def __init__(self, folder: Path, emitter: Emitter, device: torch.device | None = None) -> None:
+    def __init__(
+        self, folder: Path, emitter: Emitter, device: torch.device | None = None, start_from: Path | None = None
+    ) -> None:
         super().__init__(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         self._folder = folder
         self._emitter = emitter
+        self._start_from = start_from
 
     def resume_folder(self) -> Path | None:
-        last, previous = self._folder / "last", self._folder / "previous"
-        if last.exists():
-            return last
-        # A process killed between the two renames of `commit` leaves only the previous one.
-        return previous if previous.exists() else None
+        return find_furthest([find_local(self._folder), self._start_from])
 
     def wrap(self, network: nn.Module) -> nn.Module:
         return network
@@ -129,6 +130,13 @@ class LocalContext(Alone):
 
     def emit(self, event: Event) -> None:
         self._emitter.emit(event)
+
+
+def find_local(folder: Path) -> Path | None:
+    """The last checkpoint that a ``LocalContext`` committed in ``folder``."""
+    last, previous = folder / "last", folder / "previous"
+    # A process killed between the two renames of `commit` leaves only the previous one.
+    return next((path for path in (last, previous) if path.exists()), None)
 
 
 def check_block(block: Block, expected_position: int, batch_size: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import numpy as np
 import torch
@@ -92,6 +92,8 @@ class EvaluationSpec:
         network: parameters of the network; its checkpoint is not used.
         weights: file with its weights.
         logits: file with the teacher's logits on the split; none without a teacher.
+        precision: of the forward pass, as in training.
+        device: none: the GPU of the process, if it has one.
     """
 
     network: ModelParams
@@ -102,16 +104,18 @@ class EvaluationSpec:
     split: SplitName
     evaluation: EvaluationParams
     logits: str | None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: str | None = None
 
 
 def evaluate_weights(job: EvaluationSpec) -> Evaluation:
-    """Metrics of kept weights on a split, in this process, on its GPU if it has one."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Metrics of kept weights on a split, in this process."""
+    device = torch.device(job.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     classifier = build_classifier(job.network, job.spec)
     load_weights(classifier.network, Path(job.weights))
     logits = None if job.logits is None else load_logits(Path(job.logits))
     rows = EvaluationSet(job.spec, job.decoder, job.reader, job.split, job.evaluation, logits)
-    return rows.evaluate(classifier.to(device), Alone(device))
+    return rows.evaluate(classifier.to(device), Alone(device), autocast=job.precision == "bf16")
 
 
 def compute_logits(teacher: Teacher, decoder: Decoder, reader: SplitReader, batch_size: int) -> np.ndarray:
@@ -155,8 +159,16 @@ class TeacherArguments(TypedDict):
     params: ModelParams
     spec: InputSpec
     batch_size: int
+    device: torch.device | None
 
 
-def teacher_arguments(params: ModelParams, source: DataSource, batch_size: int) -> TeacherArguments:
-    """What a teacher on ``source`` is built from; it runs blocks of ``batch_size`` rows."""
-    return {"params": params, "spec": source.spec, "batch_size": batch_size}
+def teacher_arguments(
+    params: ModelParams, source: DataSource, batch_size: int, device: str | None = None
+) -> TeacherArguments:
+    """What a teacher on ``source`` is built from; it runs blocks of ``batch_size`` rows.
+
+    Args:
+        device: none: the GPU of the process, if it has one.
+    """
+    chosen = None if device is None else torch.device(device)
+    return {"params": params, "spec": source.spec, "batch_size": batch_size, "device": chosen}

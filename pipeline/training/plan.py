@@ -65,8 +65,3 @@ class RunPlan:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors of ``number``, ascending: the numbers of workers that can share its blocks."""
-    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from pipeline.contracts.checkpoints import write_cursor
 from pipeline.errors import CheckpointError
 from pipeline.models import Classifier
 
 STATE_FILE = "state.pt"
-CURSOR_FILE = "cursor.json"  # read by the stream without importing torch
 
 
 @dataclass
@@ -72,12 +71,7 @@ class TrainState:
             },
             folder / STATE_FILE,
         )
-        cursor = {
-            "step": self.step,
-            "cursor": self.step * self.blocks_per_step,
-            "blocks_per_step": self.blocks_per_step,
-        }
-        (folder / CURSOR_FILE).write_text(json.dumps(cursor))
+        write_cursor(folder, self.step, self.blocks_per_step)
 
     def load(self, folder: Path) -> None:
         """Restores what ``save`` wrote.
@@ -123,12 +117,3 @@ def read_state(folder: Path) -> dict[str, Any]:
             "delete the folder to begin again from the previous state of the run"
         ) from error
     return saved
-
-
-def read_cursor(folder: Path) -> dict[str, int]:
-    """Where a checkpoint's run stands: ``step``, ``cursor`` (blocks consumed), ``blocks_per_step``."""
-    try:
-        values: dict[str, int] = json.loads((folder / CURSOR_FILE).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the checkpoint in {folder} has no readable {CURSOR_FILE}: {error}") from error
-    return values

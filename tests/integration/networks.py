@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.cluster.train import committed_cursor
+from pipeline.cluster.train import committed_folder
+from pipeline.contracts.checkpoints import read_cursor
 from pipeline.contracts.columns import InputSpec
 
 COMMIT_TIMEOUT_S = 60.0
@@ -73,6 +74,12 @@ class Recording(nn.Module):
         if fate["how"] == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError(f"the test stops the run here: {fate['name']}")
+
+
+def committed_cursor(storage: str) -> int:
+    """Blocks consumed at the last checkpoint that Ray Train has committed."""
+    folder = committed_folder(storage)
+    return 0 if folder is None else read_cursor(folder)
 
 
 def wait_for_commit(storage: str, cursor: int) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.contracts.checkpoints import read_cursor
 from pipeline.contracts.columns import InputSpec
 from pipeline.contracts.events import Event
 from pipeline.data.augment import AugmentParams
@@ -40,7 +41,6 @@ from pipeline.training import (
     make_plan,
     make_planner,
     open_training,
-    read_cursor,
     read_state,
     train,
 )
@@ -165,7 +165,7 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(optimizer: OptimizerPa
     for stop in (3, 13, 24, 31):
         with pytest.raises(Stopped):
             fit(spec, tmp_path / "parts", stop_at(stop))
-    assert read_cursor(tmp_path / "parts" / "last")["cursor"] == 30
+    assert read_cursor(tmp_path / "parts" / "last") == 30
     fit(spec, tmp_path / "parts")
     assert_identical(read_state(tmp_path / "parts" / "last"), read_state(tmp_path / "whole" / "last"))
 
@@ -249,7 +249,7 @@ def test_stream_from_another_cursor_stops_a_resumed_run(tmp_path: Path) -> None:
     context = LocalContext(tmp_path, Recorder(), torch.device("cpu"))
     with pytest.raises(StreamError, match="delivered block 0 with 16 rows where block 4 with 16 rows was due"):
         train(build_job(spec, SOURCE), context, FromTheStart())
-    assert read_cursor(tmp_path / "last")["cursor"] == 4
+    assert read_cursor(tmp_path / "last") == 4
 
 
 def test_stream_that_ends_early_is_an_error(tmp_path: Path) -> None:

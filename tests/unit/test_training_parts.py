@@ -21,7 +21,7 @@ from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation import EvaluationParams
 from pipeline.models import build_classifier
 from pipeline.models.mlp import MLPParams
-from pipeline.training import EvaluationSet, OptimizerParams, RunPlan, divisors, open_test
+from pipeline.training import EvaluationSet, OptimizerParams, RunPlan, open_test
 from pipeline.training.optim import build_optimizer, learning_rate
 
 ROOT = Path(__file__).parents[2]
@@ -57,9 +57,6 @@ def test_run_plan_holds_for_every_shape() -> None:
         ends = [number for number in range(1, plan.num_steps + 1) if plan.ends_epoch(number)]
         # An epoch ends with the step that takes its last block, the last one with the run at the latest.
         assert ends == sorted({min(-(-epoch * number // step), plan.num_steps) for number in range(1, epochs + 1)})
-        for workers in divisors(step):
-            assert plan.num_blocks % workers == 0
-    assert divisors(12) == [1, 2, 3, 4, 6, 12]
 
 
 # --- optimizer --------------------------------------------------------------------------------------------------
