@@ -191,7 +191,7 @@ def build_stream(plan: StreamPlan, first: int, stop: int) -> Dataset:
             dataset = dataset.map_batches(
                 TeacherActor,
                 fn_constructor_args=(pool.build, plan.emitter, pool.num_threads, plan.logits_only, pool.fingerprint),
-                batch_size=None,
+                batch_size=plan.batch_size,  # a block; Ray Data asks actors with GPUs for a number
                 batch_format="numpy",
                 zero_copy_batch=True,
                 compute=ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size),

@@ -84,7 +84,7 @@ def _overrides(folder: Path, checkpoint: Path, teachers: int, students: int) -> 
         f"teacher.checkpoint={checkpoint}", f"teacher.pool.min={teachers}", "teacher.pool.num_cpus=0",
         "teacher.pool.resources={teacher_accelerator:1}",
         "student=custom", f"student.factory={FACTORY}:build_student", f"student.kwargs={{wait_s:{STUDENT_WAIT_S}}}",
-        f"cluster.num_workers={students}", "cluster.num_cpus_per_worker=0",
+        f"cluster.num_workers={students}", "cluster.num_cpus_per_worker=0.25",
         "cluster.resources_per_worker={student_accelerator:1}",
         f"train.batch_size={BATCH_SIZE}", f"train.epochs={_num_epochs(teachers, students)}",
         "train.evaluate_every=1000", "train.log_every=1", "train.optimizer.lr=0.001", "evaluation.test=false",

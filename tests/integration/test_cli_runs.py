@@ -299,6 +299,16 @@ def test_more_epochs_extend_a_finished_run(workspace: Path, call: Call) -> None:
     assert "is finished" in call(workspace, "distill", "resume=student").out
 
 
+def test_run_is_not_gone_on_with_under_another_teacher(workspace: Path, call: Call) -> None:
+    run_dir = workspace / "runs" / "student"
+    assert call(workspace, "distill", f"run.dir={run_dir}", *STUDENT, "train.epochs=1").code == 0
+    assert call(workspace, "train-teacher", "resume=teacher", "train.epochs=+1").code == 0
+    ended = call(workspace, "distill", "resume=student", "train.epochs=+1")
+    assert ended.code == 2
+    assert "began with teacher of fingerprint" in ended.err
+    assert read_result(run_dir)["status"] == "finished"
+
+
 # --- failing ------------------------------------------------------------------------------------------------------
 
 

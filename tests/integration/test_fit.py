@@ -25,6 +25,7 @@ from pipeline.training import (
     RunSpec,
     TrainParams,
     build_job,
+    find_local,
     make_plan,
     read_state,
     train,
@@ -86,10 +87,18 @@ class Audit:
         )
         return RunSpec(DATA, network, CrossEntropyParams(), TRAIN, EvaluationParams(), SEED, self.plan)
 
-    def fit(self, num_workers: int, max_failures: int = 0) -> dict[str, Any]:
+    def fit(self, num_workers: int, max_failures: int = 0, start_from: Path | None = None) -> dict[str, Any]:
         """One fit to its end; returns the state of its last checkpoint."""
         plan = FitPlan(
-            self.spec(), self.storage, self.plan.num_blocks, num_workers, {"CPU": 1.0}, 1, max_failures, False
+            spec=self.spec(),
+            storage=self.storage,
+            num_blocks=self.plan.num_blocks,
+            num_workers=num_workers,
+            worker_resources={"CPU": 1.0},
+            num_threads=1,
+            max_failures=max_failures,
+            with_teacher=False,
+            start_from=start_from,
         )
         drain = QueueDrain(self.recorder)
         try:
@@ -201,6 +210,18 @@ def test_number_of_workers_changes_from_one_to_two_to_one(tmp_path: Path, in_pro
     state = run.fit(num_workers=1)
     run.check_history([(0, 1), (8, 2), (24, 1)])
     assert_close(state, in_process, 1e-6)
+
+
+@pytest.mark.slow
+def test_run_goes_on_with_ray_where_it_stopped_without(tmp_path: Path, in_process: dict[str, Any]) -> None:
+    """One fit."""
+    run = Audit(tmp_path / "run")
+    run.meets("stop", position=18, how="raise")
+    with pytest.raises(RuntimeError, match="the test stops the run here"):
+        run.train_in_process()
+    state = run.fit(num_workers=1, start_from=find_local(run.folder / "checkpoints"))
+    run.check_history([(0, 1), (16, 1)])
+    assert_close(state, in_process, 0)
 
 
 @pytest.mark.slow

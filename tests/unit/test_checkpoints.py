@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.contracts.checkpoints import read_cursor, write_cursor
+from pipeline.contracts.checkpoints import find_furthest, read_cursor, write_cursor
 from pipeline.contracts.events import Event
 from pipeline.training import LocalContext
 
@@ -82,3 +82,22 @@ def test_commit_killed_anywhere_leaves_a_whole_checkpoint(
     context.commit(write(9), {})
     assert content() == 9
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last"]
+
+
+def test_further_checkpoint_kept_elsewhere_counts(tmp_path: Path) -> None:
+    """A run may have been carried on under another ``cluster=``, which keeps its checkpoints in another place."""
+
+    def write(name: str, step: int) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        write_cursor(folder, step, 2)
+        return folder
+
+    elsewhere = write("elsewhere", 5)
+    context = LocalContext(tmp_path / "checkpoints", Silent(), start_from=elsewhere)
+    assert context.resume_folder() == elsewhere
+    context.commit(write("behind", 3), {})
+    assert context.resume_folder() == elsewhere
+    context.commit(write("ahead", 6), {})
+    assert context.resume_folder() == tmp_path / "checkpoints" / "last"
+    assert find_furthest([None, tmp_path / "nowhere"]) is None

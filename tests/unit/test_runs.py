@@ -67,6 +67,19 @@ def test_run_that_never_began_leaves_its_folder_to_another(tmp_path: Path) -> No
     assert (tmp_path / "mine" / "run.json").exists()
 
 
+def test_run_that_was_refused_holds_nobody_to_its_configuration(tmp_path: Path) -> None:
+    with open_run("distill", build("run.dir=mine", "train.batch_size=32")) as run:
+        (run.dir / "events.jsonl").write_text("{}\n")
+        run.write_result("failed", {}, exit_code=2, error="the cluster is too small")
+    with open_run("distill", build("run.dir=mine", "train.batch_size=64")) as run:
+        assert not run.resumed
+        assert run.config.train.batch_size == 64
+        assert not (run.dir / "events.jsonl").exists()
+        run.write_result("failed", {}, exit_code=1, error="it went on for a while")
+    with pytest.raises(RunError, match="64 -> 32"):
+        open_and_close("run.dir=mine", "train.batch_size=32")
+
+
 # --- a new run ----------------------------------------------------------------------------------------------------
 
 
