@@ -15,6 +15,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from pipeline.errors import ResourceError
 
 ADMISSION = "distill-pipeline-admission"
+_SOON_S = 5  # a wait of so long is not worth a word
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def _wait_for_room(demands: list[Demand], deadline: float, wait_s: float, say: C
     bundles = [{n: a for n, a in demand.bundle.items() if a} for demand in demands for _ in range(demand.count)]
     group = placement_group([bundle for bundle in bundles if bundle], strategy="PACK")
     try:
-        if not group.wait(5):
+        if not group.wait(min(_SOON_S, math.ceil(wait_s))):
             needs = total_demand(demands)
             free = ray.available_resources()
             say(

@@ -50,6 +50,7 @@ class RunSession:
         self._listeners: list[Callable[[Event], None]] = []
         self._last_words: list[Callable[[], None]] = []
         self._stopped = threading.Event()
+        self._killed = False
         self._reader = threading.Thread(target=self._read, name="live-view", daemon=True)
 
     def start(self) -> None:
@@ -81,6 +82,8 @@ class RunSession:
 
     def finish(self, metrics: Mapping[str, float], extra: Mapping[str, Any]) -> None:
         """The run is complete: result, status, and everything sent to the tracker."""
+        if self._killed:
+            return
         # The result first: a run that is complete stays so, whatever happens while the tracker is waited for.
         self.run.write_result("finished", metrics, extra)
         self.journal.emit(Event("status", {"status": "finished", "message": ""}))
@@ -105,7 +108,9 @@ class RunSession:
         reason = f"stopped by {signal.Signals(code - 128).name}"
         for action in self._last_words:
             action()
+        self._killed = True
         self.journal.emit(Event("status", {"status": "killed", "message": reason}))
+        self.journal.close()
         self.run.write_result("killed", {}, exit_code=code, error=reason)
         self._close_view()
         print(f"go on with: {self.run.resume_command}\n{self.run.result_path}", flush=True)
