@@ -73,19 +73,11 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
-        self._closed = False
         _drop_torn_line(path)
 
     def emit(self, event: Event) -> None:
-        with self._lock:
-            if not self._closed:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(event.to_json() + "\n")
-
-    def close(self) -> None:
-        """Nothing is recorded from now on: for a run that was told to stop while its work still goes on."""
-        with self._lock:
-            self._closed = True
+        with self._lock, self.path.open("a", encoding="utf-8") as file:
+            file.write(event.to_json() + "\n")
 
 
 def read_events(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:

@@ -108,9 +108,8 @@ class RunSession:
         reason = f"stopped by {signal.Signals(code - 128).name}"
         for action in self._last_words:
             action()
-        self._killed = True
+        self._killed = True  # the work goes on until the process is gone, and is recorded; its result is not
         self.journal.emit(Event("status", {"status": "killed", "message": reason}))
-        self.journal.close()
         self.run.write_result("killed", {}, exit_code=code, error=reason)
         self._close_view()
         print(f"go on with: {self.run.resume_command}\n{self.run.result_path}", flush=True)
