@@ -36,6 +36,7 @@ _ROLES = (
     ("StatsActor", "Ray Data: statistics"),
     ("AutoscalingRequester", "Ray Data: autoscaling"),
     ("AutoscalingCoordinator", "Ray Data: autoscaling"),
+    ("default_worker.py", "workers that start"),
     ("ray::", "data tasks and idle workers"),
 )
 
@@ -204,11 +205,12 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join([line(columns), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, body)])
 
 
-def write_section(name: str, text: str) -> None:
-    """Prints a section and puts it into the results file, in place of what that section said before."""
+def write_section(name: str, text: str, complete: bool = True) -> None:
+    """Puts a section into the results file, in place of what it said before, and prints it when it is complete."""
     heading = f"## {name}\n"
     content = f"{heading}\n{_origin()}\n\n{text.strip()}\n"
-    print(content, flush=True)
+    if complete:
+        print(content, flush=True)
     header, found = _read_results()
     found[name] = content
     parts = [header.strip() + "\n", *(found[section] for section in SECTIONS if section in found)]
