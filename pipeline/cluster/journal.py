@@ -11,7 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.contracts.events import LIVE_ONLY, Emitter, Event
 
-_LATE_S = 10.0
+_LATE_S = 10.0  # longer than a busy cluster takes to answer
 CAPACITY = 20_000  # events; some minutes of a fast run with the driver away
 
 

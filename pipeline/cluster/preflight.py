@@ -174,7 +174,7 @@ def _take_turn(run_name: str, deadline: float, wait_s: float, say: Callable[[str
             if not told:
                 say("waiting for another run to be placed on this cluster")
                 told = True
-            time.sleep(0.5)
+            time.sleep(0.5)  # between two polls, up to cluster.wait_s
 
 
 def _wait_for_room(demands: list[Demand], deadline: float, wait_s: float, say: Callable[[str], None]) -> None:

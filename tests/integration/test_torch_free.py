@@ -50,5 +50,5 @@ def _wait_for_steps(run: subprocess.Popen[bytes], folder: Path) -> None:
         assert run.poll() is None, (folder / "output.txt").read_text()
         if any(event.kind == "step" for event, _ in read_events(folder / "run" / "events.jsonl")):
             return
-        time.sleep(0.2)
+        time.sleep(0.2)  # between two polls
     pytest.fail(f"no step in {DEADLINE_S:.0f} s: {(folder / 'output.txt').read_text()}")

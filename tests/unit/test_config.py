@@ -100,7 +100,7 @@ def test_a_commands_defaults_give_way_to_the_user() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    ["~/data sets", "/data/a(1)", "http://host:5000/a?b=c", "sqlite:////tmp/x.db", "a#b", "C:/x", "s3://bucket/a%20b"],
+    ["~/data sets", "/data/a(1)", "http://host:5000/a?b=c", "sqlite:////data/x.db", "a#b", "C:/x", "s3://bucket/a%20b"],
 )
 def test_paths_and_addresses_need_no_quotes(value: str) -> None:
     assert compose([f"tracking.uri={value}"])["tracking"]["uri"] == value

@@ -141,7 +141,7 @@ def test_token_is_sent_but_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    "uri", ["", "mlruns", "file:///tmp/mlruns", "sqlite:///", "postgresql://me:s3cr3t@host/db", "databricks"]
+    "uri", ["", "mlruns", "file:///data/mlruns", "sqlite:///", "postgresql://me:s3cr3t@host/db", "databricks"]
 )
 def test_addresses_that_cannot_be_used(uri: str) -> None:
     with pytest.raises(TrackingError, match=r"expected http://HOST:PORT") as caught:
