@@ -9,9 +9,13 @@ SAMPLE_ID = "sample_id"  # int64: row number over the source's files in sorted o
 VIEW = "view"  # int32: which augmented view of the sample
 BLOCK = "block"  # int64: position of the block in the run
 INPUT = "input"  # uint8 (C, H, W) pixels, or float32 (F,) features
-LABEL = "label"  # int64
+LABEL = "label"  # int64 class number, or NO_LABEL
+PARTNER_LABEL = "partner_label"  # int64; only where images are mixed: the label of the image mixed in
+LABEL_WEIGHT = "label_weight"  # float32; only where images are mixed: weight of ``label``, the partner's is the rest
 TEACHER_LOGITS = "teacher_logits"  # float32 (num_classes,), free of temperature
 ENCODED = "encoded"  # source column as stored: encoded image bytes, raw values or a feature list
+
+NO_LABEL = -1
 
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
