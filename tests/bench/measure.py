@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
-SECTIONS = ("steady", "simulated", "epochs", "start", "memory")
+SECTIONS = ("steady", "simulated", "epochs", "start", "memory", "cifar100")
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 # What a process of the tree does, by what its command line says; the first match counts.
@@ -225,7 +225,7 @@ def _read_results() -> tuple[str, dict[str, str]]:
 
 
 def _origin() -> str:
-    command = " ".join(["python -m tests.bench.stream", *sys.argv[1:]])
+    command = " ".join([f"python -m tests.bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
     load = os.getloadavg()[0]
     return (
         f"`{command}`, commit {_commit()}, {datetime.date.today().isoformat()}, {_machine()}. "
