@@ -3,13 +3,15 @@
 A network is one module here: its parameter model, registered under its ``name``, builds it.
 """
 
-from pipeline.models.classifier import Classifier, build_classifier
+from pipeline.models.classifier import Classifier, build_classifier, describe_preprocessing
 from pipeline.models.params import MODELS, ModelParams, PoolParams, TeacherParams
 from pipeline.models.teacher import Teacher
 from pipeline.models.weights import (
     ModelCard,
     fingerprint_state,
     load_checkpoint,
+    load_initial_weights,
+    load_teacher_weights,
     load_weights,
     read_card,
     resolve_checkpoint,
@@ -25,8 +27,11 @@ __all__ = [
     "Teacher",
     "TeacherParams",
     "build_classifier",
+    "describe_preprocessing",
     "fingerprint_state",
     "load_checkpoint",
+    "load_initial_weights",
+    "load_teacher_weights",
     "load_weights",
     "read_card",
     "resolve_checkpoint",

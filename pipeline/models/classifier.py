@@ -1,38 +1,50 @@
-"""A network together with the normalisation of its input."""
+"""A network together with the preprocessing of its input: size and normalisation."""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+from collections.abc import Collection
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.contracts.columns import InputSpec
 from pipeline.errors import ConfigError, ModelError, PipelineError
-from pipeline.models.params import ModelParams
+from pipeline.models.params import ModelParams, Normalisation
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
-Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
-
 
 class Classifier(nn.Module):
-    """Raw input to logits: scales and normalises on the device, then runs the network.
+    """Raw input to logits: scales, resizes and normalises on the device, then runs the network.
 
-    Weights are saved and loaded as ``network``'s own; mean and std belong to the parameters.
+    Weights are saved and loaded as ``network``'s own; size, mean and std belong to the parameters.
 
     Args:
         network: normalised float input to logits (B, C).
         spec: what the raw input looks like.
         normalisation: mean and std, one value per channel or feature; none: the input as it is.
+        image_size: height and width that the network takes; none: those of ``spec``.
     """
 
     mean: Tensor | None
     std: Tensor | None
 
-    def __init__(self, network: nn.Module, spec: InputSpec, normalisation: Normalisation | None) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        spec: InputSpec,
+        normalisation: Normalisation | None,
+        image_size: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__()
         self.network = network
         self.spec = spec
+        self.image_size = None if image_size == spec.shape[1:] else image_size
         shape = (-1, 1, 1) if spec.kind == "image" else (-1,)
         mean, std = (torch.tensor(values).view(shape) for values in normalisation) if normalisation else (None, None)
         self.register_buffer("mean", mean, persistent=False)
@@ -46,10 +58,35 @@ class Classifier(nn.Module):
                     f"the classifier got {inputs.dtype} pixels but takes uint8 in 0..255: pass them unscaled."
                 )
             inputs = inputs.float() / 255
+            if self.image_size is not None:
+                inputs = F.interpolate(inputs, self.image_size, mode="bilinear", antialias=True)
         if self.mean is not None and self.std is not None:
             inputs = (inputs - self.mean) / self.std
         logits: Tensor = self.network(inputs)
         return logits
+
+
+def network_spec(params: ModelParams, spec: InputSpec) -> InputSpec:
+    """What the network itself takes: the data's images, resized where the parameters say so.
+
+    Raises:
+        ConfigError: features cannot be resized.
+    """
+    if params.image_size is None:
+        return spec
+    if spec.kind != "image":
+        raise ConfigError(
+            f"image_size of {params.name!r} is {list(params.image_size)} but the data has features, "
+            "which cannot be resized: leave it out."
+        )
+    return dataclasses.replace(spec, shape=(spec.shape[0], *params.image_size))
+
+
+def describe_preprocessing(params: ModelParams, spec: InputSpec) -> dict[str, Any]:
+    """``mean``, ``std`` and ``image_size`` as plain values, the defaults of the first two filled in."""
+    mean, std = resolve_normalisation(params, spec) or (None, None)
+    values = {"mean": mean, "std": std, "image_size": params.image_size}
+    return {name: value and list(value) for name, value in values.items()}
 
 
 def resolve_normalisation(params: ModelParams, spec: InputSpec) -> Normalisation | None:
@@ -61,9 +98,10 @@ def resolve_normalisation(params: ModelParams, spec: InputSpec) -> Normalisation
     count = spec.shape[0]
     mean, std = params.mean, params.std
     if spec.kind == "image":
-        imagenet = count == len(_IMAGENET_MEAN)
-        mean = mean or (_IMAGENET_MEAN if imagenet else (0.5,) * count)
-        std = std or (_IMAGENET_STD if imagenet else (0.5,) * count)
+        default_mean, default_std = params.published_normalisation() or (_IMAGENET_MEAN, _IMAGENET_STD)
+        fits = count == len(default_mean)
+        mean = mean or (default_mean if fits else (0.5,) * count)
+        std = std or (default_std if fits else (0.5,) * count)
     elif mean or std:
         mean = mean or (0.0,) * count
         std = std or (1.0,) * count
@@ -83,14 +121,19 @@ def build_classifier(params: ModelParams, spec: InputSpec) -> Classifier:
     """Builds the network with fresh weights and tries it on two rows.
 
     Raises:
-        ConfigError: mean or std have the wrong length.
+        ConfigError: mean or std have the wrong length, or there are no images to resize.
         ModelError: the network cannot be built or run, or does not return logits (2, num_classes).
     """
+    if params.images_only and spec.kind != "image":
+        raise ModelError(
+            f"model {params.name!r} takes images but the data has features: choose mlp, or your own network (custom)."
+        )
+    resized = network_spec(params, spec)
     normalisation = resolve_normalisation(params, spec)
-    size = "x".join(map(str, spec.shape))
+    size = "x".join(map(str, resized.shape))
     what = f"model {params.name!r} for {spec.kind} input of size {size} and {spec.num_classes} classes"
     try:
-        network = params.build_network(spec)
+        network = params.build_network(resized)
     except PipelineError:
         raise
     except Exception as error:  # whatever a network's constructor raises
@@ -99,7 +142,7 @@ def build_classifier(params: ModelParams, spec: InputSpec) -> Classifier:
         raise ModelError(
             f"{what} is a {type(network).__name__}, expected a torch.nn.Module: return the network itself."
         )
-    classifier = Classifier(network, spec, normalisation)
+    classifier = Classifier(network, spec, normalisation, params.image_size)
     _check_output(classifier, what)
     return classifier
 
@@ -112,8 +155,10 @@ def _check_output(classifier: Classifier, what: str) -> None:
         with torch.no_grad():
             logits = classifier(rows)
     except Exception as error:  # whatever a network's forward raises
+        remedy = ", or give image_size=[HEIGHT,WIDTH]" if spec.kind == "image" else ""
         raise ModelError(
-            f"{what} fails on a batch of two rows: {describe_error(error)}; choose a model that takes this input."
+            f"{what} fails on a batch of two rows: {describe_error(error)}; "
+            f"choose a model that takes this input{remedy}."
         ) from error
     classifier.train()
     if not isinstance(logits, Tensor):
@@ -129,3 +174,9 @@ def describe_error(error: Exception) -> str:
     """The error's type and the first line of its message."""
     first_line = next(iter(str(error).splitlines()), "").rstrip(". ")
     return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
+
+
+def suggest_name(name: str, known: Collection[str], otherwise: str | None = None) -> str:
+    """What to say after an unknown name: the nearest known one, else ``otherwise`` or all of them."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else otherwise or f"known are {', '.join(known)}."

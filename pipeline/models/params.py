@@ -3,35 +3,84 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, Literal, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 from torch import nn
 
 from pipeline.contracts.columns import InputSpec
 from pipeline.registry import Params, Registry
 
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std, one value per channel or feature
+
+
+@dataclass(frozen=True)
+class Published:
+    """Published weights in a network.
+
+    Attributes:
+        name: for people.
+        whole: every layer is theirs; else the last one is fresh, since the data has another number of classes.
+    """
+
+    name: str
+    whole: bool
+
+    def __str__(self) -> str:
+        return self.name if self.whole else f"{self.name}, last layer fresh"
+
 
 class ModelParams(Params):
     """A network: how to build it, where its weights are, how its input is normalised."""
+
+    images_only: ClassVar[bool] = False
+    requirements: ClassVar[tuple[str, ...]] = ()  # packages that it needs besides what this one depends on
+    origin: ClassVar[tuple[str, ...]] = ("checkpoint",)  # fields that say where the weights come from
 
     name: str
     checkpoint: str | None = None
     """Weights to start from: a run folder, a folder with ``model.safetensors``, or a file with a state
     dict (``.safetensors``, or ``.pt``/``.pth`` written by ``torch.save``); none: fresh weights."""
     mean: tuple[float, ...] | None = None
-    """Per channel, of pixels in 0..1 (per feature for features); none: ImageNet's for three channels,
-    else 0.5, and nothing for features."""
+    """Per channel, of pixels in 0..1 (per feature for features); none: what published weights were trained with,
+    else ImageNet's for three channels, else 0.5, and nothing for features."""
     std: tuple[float, ...] | None = None
     """Like ``mean``."""
+    image_size: tuple[PositiveInt, PositiveInt] | None = None
+    """Height and width that images are resized to on the network's device (bilinear, antialiased); none: the data's."""
 
     @abstractmethod
     def build_network(self, spec: InputSpec) -> nn.Module:
         """A fresh network: normalised float32 input (B, \\*spec.shape) to logits (B, spec.num_classes)."""
 
+    def load_published(self, network: nn.Module, spec: InputSpec) -> Published | None:
+        """Loads published weights into a fresh network, where the parameters ask for some.
+
+        Args:
+            network: from ``build_network``.
+            spec: what it was built for.
+
+        Returns:
+            what was loaded; none: nothing.
+
+        Raises:
+            CheckpointError: they cannot be downloaded or read.
+        """
+        return None
+
+    def published_normalisation(self) -> Normalisation | None:
+        """What the published weights that the parameters ask for were trained with."""
+        return None
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the parameters say where weights are."""
+        return any(getattr(self, field) for field in self.origin)
+
     def architecture(self) -> dict[str, Any]:
-        """What the weights depend on: all but the checkpoint, the normalisation and a teacher's settings."""
-        others = {"checkpoint", "mean", "std", *TeacherParams.model_fields}
+        """What a network is built from: all but where its weights are, its preprocessing and a teacher's settings."""
+        others = {*self.origin, "mean", "std", "image_size", *TeacherParams.model_fields}
         return self.model_dump(mode="json", exclude=others)
 
     @model_validator(mode="after")

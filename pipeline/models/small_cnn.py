@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import nn
@@ -25,6 +25,8 @@ def _stage(in_channels: int, out_channels: int, *, pool: bool) -> list[nn.Module
 @MODELS.register
 class SmallCNNParams(ModelParams):
     """Three stages of 3x3 convolution, BatchNorm and ReLU, then a global average and a linear layer."""
+
+    images_only: ClassVar[bool] = True
 
     name: Literal["small_cnn"] = "small_cnn"
     width: int = Field(default=32, ge=1)

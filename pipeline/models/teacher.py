@@ -10,7 +10,7 @@ from pipeline.contracts.columns import InputSpec
 from pipeline.errors import ModelError
 from pipeline.models.classifier import build_classifier
 from pipeline.models.params import ModelParams, PoolParams, TeacherParams
-from pipeline.models.weights import fingerprint_state, load_checkpoint
+from pipeline.models.weights import fingerprint_state, load_teacher_weights
 
 __all__ = ["PoolParams", "Teacher", "TeacherParams"]
 
@@ -22,13 +22,13 @@ class Teacher:
     of the batch that it is computed in. On a GPU it runs in bf16 (unless told otherwise) and channels-last.
 
     Args:
-        params: a model's parameters with a checkpoint; those of a teacher (``TeacherParams``) where it has any.
+        params: a model's parameters with weights; those of a teacher (``TeacherParams``) where it has any.
         spec: the input and the classes of the data.
         batch_size: rows of one forward pass.
         device: none: the GPU if there is one.
 
     Raises:
-        CheckpointError: no checkpoint, or not one of this model.
+        CheckpointError: no weights, or not those of this model.
         ModelError: the network cannot be built.
 
     Attributes:
@@ -41,7 +41,7 @@ class Teacher:
     ) -> None:
         settings = params if isinstance(params, TeacherParams) else TeacherParams()
         classifier = build_classifier(params, spec)
-        load_checkpoint(classifier, params, role="teacher")
+        load_teacher_weights(classifier, params)
         self.fingerprint = fingerprint_state(classifier.network.state_dict())
         self.rows_forwarded = 0
 

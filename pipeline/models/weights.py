@@ -6,6 +6,7 @@ import hashlib
 import json
 import pickle
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.contracts.columns import InputSpec
 from pipeline.errors import CheckpointError
-from pipeline.models.classifier import Classifier, describe_error, resolve_normalisation
+from pipeline.models.classifier import Classifier, describe_error, describe_preprocessing, network_spec
 from pipeline.models.params import ModelParams
 
 WEIGHTS_FILE = "model.safetensors"
@@ -86,7 +87,9 @@ def _read_safetensors(path: Path) -> Any:
 
 def _read_torch_file(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle's newer protocols, in which torch never writes weights
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "Unsupported operand" in str(
             error
@@ -157,6 +160,7 @@ class ModelCard:
         data_fingerprint: of the data that the model was trained on.
         mean: per channel or feature; none: the input was not normalised.
         std: like ``mean``.
+        image_size: height and width that images are resized to; none: they are not.
     """
 
     params: dict[str, Any]
@@ -166,21 +170,20 @@ class ModelCard:
     data_fingerprint: str
     mean: list[float] | None
     std: list[float] | None
+    image_size: list[int] | None = None
 
     @classmethod
     def describe(
         cls, params: ModelParams, classifier: Classifier, metrics: dict[str, float], data_fingerprint: str
     ) -> ModelCard:
         """The card of a classifier built from ``params``, with its weights of now."""
-        mean, std = resolve_normalisation(params, classifier.spec) or (None, None)
         return cls(
             params=params.architecture(),
             input=classifier.spec.to_dict(),
             fingerprint=fingerprint_state(classifier.network.state_dict()),
             metrics=metrics,
             data_fingerprint=data_fingerprint,
-            mean=None if mean is None else list(mean),
-            std=None if std is None else list(std),
+            **describe_preprocessing(params, classifier.spec),
         )
 
 
@@ -242,6 +245,45 @@ def resolve_checkpoint(path: str) -> Path:
     )
 
 
+def load_initial_weights(classifier: Classifier, params: ModelParams, *, role: str) -> str:
+    """Loads what training starts from: the checkpoint, else published weights; else the fresh weights stay.
+
+    Args:
+        classifier: built from ``params``.
+        params: of the model.
+        role: see ``load_checkpoint``.
+
+    Returns:
+        which of them, for people.
+
+    Raises:
+        CheckpointError: they cannot be downloaded or read, or are of another model.
+    """
+    if params.checkpoint is not None:
+        load_checkpoint(classifier, params, role=role)
+        return params.checkpoint
+    published = params.load_published(classifier.network, network_spec(params, classifier.spec))
+    return "fresh weights" if published is None else str(published)
+
+
+def load_teacher_weights(classifier: Classifier, params: ModelParams) -> str:
+    """Like ``load_initial_weights`` for a teacher, which must be trained already.
+
+    Raises:
+        CheckpointError: besides, there are none, or the published ones are of another number of classes.
+    """
+    if params.checkpoint is not None or not params.has_weights:
+        load_checkpoint(classifier, params, role="teacher")
+        return str(params.checkpoint)
+    published = params.load_published(classifier.network, network_spec(params, classifier.spec))
+    if published is None or not published.whole:
+        raise CheckpointError(
+            f"teacher {params.name!r} with {published} cannot teach {classifier.spec.num_classes} classes before it "
+            "has learned them: train it with `train-teacher` and give its run folder as teacher.checkpoint=PATH."
+        )
+    return str(published)
+
+
 def load_checkpoint(classifier: Classifier, params: ModelParams, *, role: str) -> None:
     """Loads ``params.checkpoint``; where it has a model card, first compares that with the classifier.
 
@@ -273,15 +315,16 @@ def load_checkpoint(classifier: Classifier, params: ModelParams, *, role: str) -
 
 
 def _check_card(card: ModelCard, params: ModelParams, spec: InputSpec, path: Path, role: str) -> None:
-    given = params.architecture()
+    given = params.architecture() | describe_preprocessing(params, spec)
     if card.params.get("name") != given["name"]:
         raise CheckpointError(
             f"checkpoint {path} is of model {card.params.get('name')!r} but the {role} is {given['name']!r}: "
             f"give {role}={card.params.get('name')}, or another {role}.checkpoint."
         )
-    mean, std = resolve_normalisation(params, spec) or (None, None)
-    given |= {"mean": mean and list(mean), "std": std and list(std)}
     trained = card.params | {"mean": card.mean, "std": card.std}
+    if card.image_size is not None:  # without one it had the size of its data, which other data may be resized to
+        trained["image_size"] = card.image_size
+        given["image_size"] = list(network_spec(params, spec).shape[1:])
     for field, value in trained.items():
         if given.get(field) != value:
             override = json.dumps(value, separators=(",", ":"))

@@ -44,9 +44,10 @@ def log_classifier(client: MlflowClient, run_id: str, folder: Path, step: int) -
     from mlflow.entities import LoggedModelStatus
     from mlflow.models import Model
 
-    from pipeline.models.weights import read_card
+    from pipeline.models import MODELS, read_card
 
     card = read_card(folder)
+    requirements = (*_REQUIREMENTS, *MODELS.get(card.params["name"]).requirements)
     model = _find_model(client, run_id, card.fingerprint) or _create_model(client, run_id, card.fingerprint, step)
     if model.status == LoggedModelStatus.READY:
         return model.model_id
@@ -65,7 +66,7 @@ def log_classifier(client: MlflowClient, run_id: str, folder: Path, step: int) -
             data_path=str(folder),
             code_paths=[str(Path(pipeline.__file__).parent)],
             signature=build_signature(InputSpec.from_dict(card.input)),
-            pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in _REQUIREMENTS],
+            pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in requirements],
         )
         client.log_model_artifacts(model.model_id, str(path))
     client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)

@@ -40,7 +40,8 @@ def _load_pyfunc(data_path: str) -> ServedClassifier:
     folder = Path(data_path)
     card = read_card(folder)
     spec = InputSpec.from_dict(card.input)
-    params = MODELS.get(card.params["name"]).model_validate({**card.params, "mean": card.mean, "std": card.std})
+    values = {**card.params, "mean": card.mean, "std": card.std, "image_size": card.image_size}
+    params = MODELS.get(card.params["name"]).model_validate(values)
     classifier = build_classifier(params, spec)
     load_weights(classifier.network, folder / WEIGHTS_FILE)
     return ServedClassifier(classifier, np.dtype(np.uint8 if spec.kind == "image" else np.float32))
