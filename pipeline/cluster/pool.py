@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from pipeline.cluster.journal import QueueEmitter
-from pipeline.contracts.columns import BLOCK, INPUT, LABEL, SAMPLE_ID, TEACHER_LOGITS, VIEW
+from pipeline.contracts.columns import BLOCK, INPUT, LABEL, LABEL_WEIGHT, PARTNER_LABEL, SAMPLE_ID, TEACHER_LOGITS, VIEW
 from pipeline.contracts.events import Event
 from pipeline.errors import CheckpointError
 
 _REPORT_EVERY_S = 2.0
 KEPT_COLUMNS = (BLOCK, VIEW, SAMPLE_ID, LABEL, INPUT)
+MIXED_COLUMNS = (PARTNER_LABEL, LABEL_WEIGHT)  # only where images are mixed
 
 
 class TeacherActor:
@@ -54,6 +55,7 @@ class TeacherActor:
             )
         self._emitter = emitter
         self._columns = (BLOCK, SAMPLE_ID) if logits_only else KEPT_COLUMNS
+        self._optional = () if logits_only else MIXED_COLUMNS
         self._name = f"{os.uname().nodename}:{os.getpid()}"
         self._since, self._rows, self._busy_s = time.perf_counter(), 0, 0.0
 
@@ -63,7 +65,8 @@ class TeacherActor:
         self._busy_s += time.perf_counter() - started
         self._rows += len(logits)
         self._report()
-        return {**{name: batch[name] for name in self._columns}, TEACHER_LOGITS: logits}
+        mixed = tuple(name for name in self._optional if name in batch)
+        return {**{name: batch[name] for name in self._columns + mixed}, TEACHER_LOGITS: logits}
 
     def _report(self) -> None:
         elapsed = time.perf_counter() - self._since

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from pipeline.losses.cross_entropy import cross_entropy
+from pipeline.losses.cross_entropy import label_term
 from pipeline.losses.objective import LOSSES, Logits, LossParams, Scalar, Signals, TeacherNeed, Term, widen
 
 
@@ -56,6 +56,6 @@ class KDParams(LossParams):
             return kl_divergence(signals.student_logits, teacher_logits, temperature=self.temperature)
 
         def ce(signals: Signals) -> Scalar:
-            return cross_entropy(signals.student_logits, signals.labels_for("ce"))
+            return label_term(signals, "ce")
 
         return Term("kd", self.kd_weight, kd), Term("ce", self.ce_weight, ce, uses_labels=True)

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from pipeline.losses.cross_entropy import cross_entropy
+from pipeline.losses.cross_entropy import label_term
 from pipeline.losses.objective import LOSSES, Logits, LossParams, Scalar, Signals, TeacherNeed, Term, widen
 
 
@@ -67,6 +67,6 @@ class LogitMSEParams(LossParams):
             return distance(signals.student_logits, signals.teacher_logits_for("mse"))
 
         def ce(signals: Signals) -> Scalar:
-            return cross_entropy(signals.student_logits, signals.labels_for("ce"))
+            return label_term(signals, "ce")
 
         return Term("mse", self.kd_weight, mse), Term("ce", self.ce_weight, ce, uses_labels=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
 from jaxtyping import Float, Int64
@@ -17,6 +17,7 @@ from pipeline.registry import Params, Registry
 
 Logits = Float[Tensor, "batch classes"]
 Labels = Int64[Tensor, " batch"]
+Weights = Float[Tensor, " batch"]
 Scalar = Float[Tensor, ""]
 
 TeacherNeed = Literal["full", "topk", "last_layer", "class_counts"]
@@ -27,6 +28,14 @@ def widen(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+class LabelPairs(NamedTuple):
+    """The labels of a batch whose images may be mixed in pairs; see ``Signals`` for the fields."""
+
+    labels: Tensor
+    partner_labels: Tensor | None
+    label_weights: Tensor | None
+
+
 @dataclass(frozen=True)
 class Signals:
     """What a batch offers a loss.
@@ -35,19 +44,33 @@ class Signals:
         student_logits: (B, C), with gradient.
         labels: (B,) int64 class numbers, or none.
         teacher_logits: (B, C), free of temperature, or none.
+        partner_labels: (B,) int64, where images are mixed in pairs: the label of the other image.
+        label_weights: (B,) float32 in [0, 1], with them: the weight of ``labels``; the partner's is the rest.
     """
 
     student_logits: Tensor
     labels: Tensor | None = None
     teacher_logits: Tensor | None = None
+    partner_labels: Tensor | None = None
+    label_weights: Tensor | None = None
 
     def labels_for(self, term: str) -> Tensor:
-        """The labels; ConfigError naming ``term`` where the batch has none."""
+        """The labels, for a term that takes one a row; ConfigError naming ``term`` where there are none, or two."""
+        pairs = self.label_pairs_for(term)
+        if pairs.partner_labels is not None:
+            raise ConfigError(
+                f"loss term {term!r} takes one label a row, but data.augment mixes images and their labels: "
+                "set data.augment.mixup=0 and data.augment.cutmix=0, or its weight to 0."
+            )
+        return pairs.labels
+
+    def label_pairs_for(self, term: str) -> LabelPairs:
+        """The labels, for a term that takes two a row as well; ConfigError naming ``term`` where there are none."""
         if self.labels is None:
             raise ConfigError(
                 f"loss term {term!r} needs labels but the batch has none: use labelled data, or set its weight to 0."
             )
-        return self.labels
+        return LabelPairs(self.labels, self.partner_labels, self.label_weights)
 
     def teacher_logits_for(self, term: str) -> Tensor:
         """The teacher's logits; ConfigError naming ``term`` where the batch has none."""
@@ -102,7 +125,9 @@ class LossParams(Params):
     def _check_some_weight(self) -> Self:
         terms = self.terms()
         if not any(term.weight > 0 for term in terms):
-            raise ValueError(f"every term ({', '.join(term.name for term in terms)}) has weight 0: nothing to learn")
+            raise ValueError(
+                f"every term ({', '.join(term.name for term in terms)}) has weight 0, so nothing is learnt; raise one"
+            )
         return self
 
 
@@ -122,6 +147,11 @@ class Objective:
     @classmethod
     def from_params(cls, params: LossParams) -> Objective:
         return cls(params.terms())
+
+    @property
+    def label_terms(self) -> tuple[str, ...]:
+        """Names of the terms that read the labels."""
+        return tuple(term.name for term in self.terms if term.uses_labels)
 
     def __call__(self, signals: Signals) -> tuple[Tensor, dict[str, Tensor]]:
         """Computes the total and what it is made of, in float32 whatever autocast says (float64 stays float64).

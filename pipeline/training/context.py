@@ -7,7 +7,7 @@ blocks this worker must see. The loop knows neither Ray nor the tracker.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.contracts.checkpoints import find_furthest
+from pipeline.contracts.columns import NO_LABEL
 from pipeline.contracts.events import Emitter, Event
-from pipeline.errors import StreamError
+from pipeline.errors import DataError, StreamError
+from pipeline.training.state import explain_writing
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Block:
         labels: (batch,) int64.
         sample_ids: (batch,) int64.
         teacher_logits: (batch, num_classes) float32, where a teacher is used.
+        partner_labels: (batch,) int64, where images are mixed: the label of the image mixed in.
+        label_weights: (batch,) float32, with them: the weight of ``labels``; the partner's is the rest.
     """
 
     position: int
@@ -38,6 +42,8 @@ class Block:
     labels: np.ndarray
     sample_ids: np.ndarray
     teacher_logits: np.ndarray | None = None
+    partner_labels: np.ndarray | None = None
+    label_weights: np.ndarray | None = None
 
 
 class BatchSource(Protocol):
@@ -116,16 +122,17 @@ class LocalContext(Alone):
     def commit(self, folder: Path | None, metrics: dict[str, float]) -> None:
         if folder is None:
             raise ValueError("the only worker must bring the checkpoint")
-        self._folder.mkdir(parents=True, exist_ok=True)
         incoming, last, previous = (self._folder / name for name in ("incoming", "last", "previous"))
-        if incoming.exists():
-            shutil.rmtree(incoming)
-        shutil.copytree(folder, incoming)
-        if last.exists():
-            if previous.exists():
-                shutil.rmtree(previous)
-            last.rename(previous)
-        incoming.rename(last)
+        with explain_writing(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if incoming.exists():
+                shutil.rmtree(incoming)
+            shutil.copytree(folder, incoming)
+            if last.exists():
+                if previous.exists():
+                    shutil.rmtree(previous)
+                last.rename(previous)
+            incoming.rename(last)
         shutil.rmtree(previous, ignore_errors=True)
 
     def emit(self, event: Event) -> None:
@@ -150,4 +157,31 @@ def check_block(block: Block, expected_position: int, batch_size: int) -> None:
             f"the stream delivered block {block.position} with {len(block.inputs)} rows where block "
             f"{expected_position} with {batch_size} rows was due; no step was taken with it. "
             "Resume the run; if this repeats, the data or the stream's configuration changed under it."
+        )
+
+
+def check_labels(block: Block, terms: Sequence[str], num_classes: int) -> None:
+    """Refuses a block with a label that is no class, before a loss would index with it.
+
+    Args:
+        block: not yet on the device, where looking at its labels would wait for it.
+        terms: names of the loss terms that need labels; none: any label will do.
+        num_classes: of the network.
+
+    Raises:
+        DataError: a row, or the image mixed into it, has no label or one outside 0..num_classes-1.
+    """
+    if not terms:
+        return
+    for labels in (block.labels, block.partner_labels):
+        if labels is None or (labels.min() >= 0 and labels.max() < num_classes):
+            continue
+        row = int(np.flatnonzero((labels < 0) | (labels >= num_classes))[0])
+        sample, label = int(block.sample_ids[row]), int(labels[row])
+        who = f"sample {sample}" if labels is block.labels else f"the image mixed into sample {sample}"
+        has = "has no label" if label == NO_LABEL else f"has label {label}"
+        raise DataError(
+            f"{who} {has}, but loss term {' and '.join(map(repr, terms))} needs one in 0..{num_classes - 1}; no step "
+            "was taken with it. Label the row or remove it, or set the term's weight to 0.",
+            sample_id=sample,
         )

@@ -19,7 +19,7 @@ from pipeline.errors import NonFiniteError, StreamError
 from pipeline.evaluation import METRIC_DIRECTIONS
 from pipeline.losses import Objective, Signals
 from pipeline.models import Classifier
-from pipeline.training.context import BatchSource, WorkerContext, check_block
+from pipeline.training.context import BatchSource, WorkerContext, check_block, check_labels
 from pipeline.training.optim import build_optimizer, learning_rate, set_learning_rate
 from pipeline.training.params import TrainParams
 from pipeline.training.plan import RunPlan
@@ -51,6 +51,7 @@ def train(job: TrainJob, context: WorkerContext, source: BatchSource) -> TrainSt
     Raises:
         NonFiniteError: a loss or gradient is NaN or infinite; raised before the optimizer step.
         StreamError: the source delivered another block than the one that was due.
+        DataError: a row has no label, or one that is no class, and the loss needs labels.
     """
     return _Loop(job, context).run(source)
 
@@ -140,6 +141,7 @@ class _Loop:
         if block is None:
             raise StreamError(f"the stream ended before block {expected} of {self.plan.num_blocks}; resume the run")
         check_block(block.source, expected, self.plan.batch_size)
+        check_labels(block.source, self.job.objective.label_terms, self.job.classifier.spec.num_classes)
         return block
 
     def _backward(self, block: DeviceBlock, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
@@ -154,7 +156,8 @@ class _Loop:
         with contextlib.nullcontext() if synchronised else self.network.no_sync():  # type: ignore[operator]
             with autocast:
                 logits = self.network(inputs)
-            loss, terms = self.job.objective(Signals(logits, block.labels, block.teacher_logits))
+            signals = Signals(logits, block.labels, block.teacher_logits, block.partner_labels, block.label_weights)
+            loss, terms = self.job.objective(signals)
             (loss / self.blocks_per_worker).backward()
         return loss.detach(), terms
 

@@ -26,6 +26,8 @@ class DeviceBlock:
     inputs: Tensor
     labels: Tensor
     teacher_logits: Tensor | None
+    partner_labels: Tensor | None
+    label_weights: Tensor | None
 
 
 T = TypeVar("T")
@@ -91,10 +93,19 @@ def prefetch(blocks: Iterator[Block], device: torch.device) -> ReadAhead[DeviceB
     def move(values: np.ndarray) -> Tensor:
         return host_tensor(values, pin=on_gpu).to(device, non_blocking=on_gpu)
 
+    def move_optional(values: np.ndarray | None) -> Tensor | None:
+        return None if values is None else move(values)
+
     def move_all() -> Iterator[DeviceBlock]:
         for block in blocks:
-            logits = None if block.teacher_logits is None else move(block.teacher_logits)
-            yield DeviceBlock(block, move(block.inputs), move(block.labels), logits)
+            yield DeviceBlock(
+                block,
+                move(block.inputs),
+                move(block.labels),
+                move_optional(block.teacher_logits),
+                move_optional(block.partner_labels),
+                move_optional(block.label_weights),
+            )
 
     return ReadAhead(move_all())
 

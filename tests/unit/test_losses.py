@@ -101,6 +101,29 @@ def test_a_label_outside_the_classes_is_an_error_and_never_ignored(student: Tens
             ce_module.cross_entropy(student, torch.tensor([0, label]))
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_cross_entropy_with_mixed_labels_is_that_with_mixed_targets(student: Tensor, label_smoothing: float) -> None:
+    partners, weights = torch.tensor([3, 2]), torch.tensor([0.7, 0.4])
+    loss = ce_module.cross_entropy(
+        student, LABELS, label_smoothing=label_smoothing, partner_labels=partners, label_weights=weights
+    )
+    shares = weights.numpy().astype(np.float64)[:, None]
+    mixed = shares * np.eye(4)[LABELS.numpy()] + (1 - shares) * np.eye(4)[partners.numpy()]
+    target = (1 - label_smoothing) * mixed + label_smoothing / 4
+    logits = np.array(STUDENT)
+    log_probabilities = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    assert loss.item() == pytest.approx(-(target * log_probabilities).sum(1).mean(), abs=1e-13)
+    expected = (student.softmax(1).detach() - torch.from_numpy(target)) / 2
+    torch.testing.assert_close(gradient(loss, student), expected, atol=1e-13, rtol=0)
+
+
+def test_partners_and_weights_come_together(student: Tensor) -> None:
+    with pytest.raises(ValueError, match="given together"):
+        ce_module.cross_entropy(student, LABELS, partner_labels=LABELS)
+    with pytest.raises(ValueError, match="given together"):
+        ce_module.cross_entropy(student, LABELS, label_weights=torch.ones(2))
+
+
 @pytest.mark.parametrize(
     ("temperature", "expected"),
     [(1.0, 0.32086110011782953), (2.0, 0.3866031566511766), (4.0, 0.37834222908955456), (20.0, 0.34210492466495385)],
@@ -272,6 +295,21 @@ def test_every_loss_declares_exactly_what_it_needs(params: LossParams) -> None:
 
 
 @every_loss
+def test_every_loss_shares_itself_out_between_mixed_labels(params: LossParams) -> None:
+    student, teacher, labels = random_logits()
+    partners = (labels + 2) % 5
+    objective = Objective.from_params(params)
+
+    def total(*label_signals: Tensor) -> float:
+        own, *pairs = label_signals
+        return objective(Signals(student, own, teacher, *pairs))[0].item()
+
+    for share in (0.0, 0.25, 1.0):
+        mixed = total(labels, partners, torch.full((6,), share))
+        assert mixed == pytest.approx(share * total(labels) + (1 - share) * total(partners), rel=1e-12)
+
+
+@every_loss
 def test_every_loss_refuses_logits_of_other_classes(params: LossParams) -> None:
     student, teacher, labels = random_logits()
     with pytest.raises(ModelError, match=r"\(6, 5\).*\(6, 4\).*same classes"):
@@ -303,6 +341,14 @@ def test_distillation_without_labels_needs_none(student: Tensor, teacher: Tensor
     total, terms = Objective.from_params(params)(Signals(student, None, teacher))
     assert terms.keys() == {"kd"}
     assert total.item() == pytest.approx(0.9 * 0.37834222908955456)
+
+
+def test_a_term_of_one_label_a_row_refuses_mixed_ones(student: Tensor) -> None:
+    own = Term("rank", 1.0, lambda signals: signals.labels_for("rank").double().mean(), uses_labels=True)
+    assert Objective([own])(Signals(student, LABELS))[0].item() == 1.0
+    mixed = Signals(student, LABELS, None, LABELS, torch.ones(2))
+    with pytest.raises(ConfigError, match=r"loss term 'rank' takes one label a row, .* set data.augment.mixup=0 and"):
+        Objective([own])(mixed)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from pipeline.contracts.columns import InputSpec
 from pipeline.contracts.events import Event
 from pipeline.data.augment import AugmentParams
 from pipeline.data.digits import DigitsParams
-from pipeline.errors import CheckpointError, NonFiniteError, StreamError
+from pipeline.errors import CheckpointError, DataError, NonFiniteError, StreamError
 from pipeline.evaluation import EvaluationParams
 from pipeline.losses import LossParams
 from pipeline.losses.cross_entropy import CrossEntropyParams
@@ -117,8 +117,8 @@ def make_spec(params: TrainParams, network: ModelParams = PLAIN, loss: LossParam
 
 def source_of(spec: RunSpec) -> InProcessSource:
     reader = open_training(SOURCE)
-    planner = make_planner(DATA, reader, spec.train, SEED)
-    return InProcessSource(SOURCE, reader, planner, DATA, SEED, spec.plan.num_blocks)
+    planner = make_planner(spec.data, reader, spec.train, SEED)
+    return InProcessSource(SOURCE, reader, planner, spec.data, SEED, spec.plan.num_blocks)
 
 
 def fit(
@@ -252,6 +252,42 @@ def test_stream_from_another_cursor_stops_a_resumed_run(tmp_path: Path) -> None:
     assert read_cursor(tmp_path / "last") == 4
 
 
+@pytest.mark.parametrize(
+    ("column", "label", "message"),
+    [
+        ("labels", -1, r"sample 5 has no label, but loss term 'ce' needs one in 0\.\.9; no step was taken with it"),
+        ("labels", 10, r"sample 5 has label 10, but loss term 'ce' needs one in 0\.\.9"),
+        ("partner_labels", -1, "the image mixed into sample 5 has no label"),
+    ],
+)
+def test_label_that_is_no_class_stops_before_the_step(column: str, label: int, message: str, tmp_path: Path) -> None:
+    spec = make_spec(TrainParams(epochs=1, batch_size=16, optimizer=SGD))
+
+    def change(block: Block) -> Block:
+        labels = block.labels.copy()
+        labels[3] = label
+        ids = block.sample_ids.copy()
+        ids[3] = 5
+        mixed = replace(block, partner_labels=block.labels, label_weights=np.ones(16, np.float32), sample_ids=ids)
+        return replace(mixed, **{column: labels})
+
+    job = build_job(spec, SOURCE)
+    before = weights_of(job)
+    with pytest.raises(DataError, match=message) as caught:
+        fit(spec, tmp_path, change, job)
+    assert caught.value.details == {"sample_id": 5}
+    assert_identical(weights_of(job), before)
+
+
+def test_labels_that_no_term_reads_may_be_missing(tmp_path: Path) -> None:
+    spec = make_spec(TrainParams(epochs=1, batch_size=16, optimizer=SGD), loss=KDParams(ce_weight=0))
+
+    def unlabel(block: Block) -> Block:
+        return replace(block, labels=np.full(16, -1), teacher_logits=np.zeros((16, 10), np.float32))
+
+    assert fit(spec, tmp_path, unlabel)[0].step == spec.plan.num_steps
+
+
 def test_stream_that_ends_early_is_an_error(tmp_path: Path) -> None:
     spec = make_spec(TrainParams(epochs=1, batch_size=16, optimizer=SGD))
 
@@ -350,3 +386,46 @@ def test_gradients_of_two_blocks_are_those_of_one_large_block(tmp_path: Path) ->
     assert whole.step == halves.step == 22
     for one, other in zip(whole.classifier.parameters(), halves.classifier.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+# --- mixed labels -----------------------------------------------------------------------------------------------
+
+
+def test_labels_weigh_as_the_block_says(tmp_path: Path) -> None:
+    """All the weight on one of two labels is training on that label."""
+    spec = make_spec(TrainParams(epochs=1, batch_size=16, optimizer=SGD))
+
+    def mix_in(own: float, shift: int, partner_shift: int) -> Callable[[Block], Block]:
+        def change(block: Block) -> Block:
+            labels, partners = (block.labels + shift) % 10, (block.labels + partner_shift) % 10
+            weights = np.full(16, own, np.float32)
+            return replace(block, labels=labels, partner_labels=partners, label_weights=weights)
+
+        return change
+
+    plain, _ = fit(spec, tmp_path / "plain")
+    for number, change in enumerate((mix_in(1, 0, 1), mix_in(0, 1, 0), mix_in(0.25, 0, 0))):
+        mixed, _ = fit(spec, tmp_path / str(number), change)
+        for one, other in zip(plain.classifier.parameters(), mixed.classifier.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    halves, _ = fit(spec, tmp_path / "halves", mix_in(0.5, 0, 1))
+    assert any(
+        (one - other).abs().max() > 1e-3
+        for one, other in zip(plain.classifier.parameters(), halves.classifier.parameters(), strict=True)
+    )
+
+
+def test_run_on_mixed_images_resumes_bit_for_bit(tmp_path: Path) -> None:
+    params = TrainParams(epochs=2, batch_size=16, optimizer=SGD, checkpoint_every=3, log_every=22)
+    data = DATA.model_copy(update={"augment": AugmentParams(crop_padding=1, mixup=0.4, cutmix=1.0)})
+    spec = replace(make_spec(params, NOISY), data=data)
+    block = next(source_of(spec).blocks(0))
+    assert block.label_weights is not None
+    assert 0.2 < block.label_weights.mean() < 0.9
+    _, events = fit(spec, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        fit(spec, tmp_path / "parts", stop_at(14))
+    fit(spec, tmp_path / "parts")
+    assert_identical(read_state(tmp_path / "parts" / "last"), read_state(tmp_path / "whole" / "last"))
+    (step,) = (event for event in events if event.kind == "step" and event.data["step"] == 22)
+    assert math.isfinite(step.data["metrics"]["train/ce"])
