@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
-import os
 import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from pipeline.data.decode import SourceFile
 from pipeline.data.parquet_column import ImageColumn
 from pipeline.data.parquet_reader import ParquetFile
 from pipeline.data.rows import RowGroups
+from pipeline.data.storage import check_exists, explain_s3, explain_storage, open_storage
 from pipeline.errors import ConfigError, DataError
 
 # Beginnings of file names, where the configuration names no files.
@@ -65,18 +65,17 @@ def find_files(
         DataError: nothing at ``path``, or no files for train or for a pattern.
         ConfigError: one file in two splits, or patterns where ``path`` is a file.
     """
-    filesystem, root = _resolve(path)
-    info = filesystem.get_file_info(root)
-    if info.type == pafs.FileType.NotFound:
-        raise DataError(f"data.path={path} does not exist; give a folder of Parquet files, or one such file.")
+    filesystem, root = open_storage(path)
+    info = check_exists(filesystem, root, path, "a folder of Parquet files, or one such file")
     if info.type == pafs.FileType.File:
         if patterns is not None:
             raise ConfigError(f"data.files picks files out of a folder, but data.path={path} is a file; remove one.")
         return filesystem, {"train": [info]}
-    selector = pafs.FileSelector(root, recursive=patterns is not None)
+    with explain_storage(f"data.path={path}"):
+        infos = filesystem.get_file_info(pafs.FileSelector(root, recursive=patterns is not None))
     found = {
         posixpath.relpath(info.path, root): info
-        for info in filesystem.get_file_info(selector)
+        for info in infos
         if info.type == pafs.FileType.File and not info.base_name.startswith((".", "_"))
     }
     if patterns is None:
@@ -87,16 +86,27 @@ def find_files(
     return filesystem, {split: [found[name] for name in names] for split, names in splits.items()}
 
 
-def _resolve(path: str) -> tuple[pafs.FileSystem, str]:
-    if "://" in path:
-        try:
-            filesystem, root = pafs.FileSystem.from_uri(path)
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(
-                f"data.path={path} cannot be opened ({error}); give a folder, or a URI such as s3://bucket/folder."
-            ) from error
-        return filesystem, root
-    return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path))
+def find_all_files(path: str) -> tuple[pafs.FileSystem, list[pafs.FileInfo]]:
+    """Every ``*.parquet`` below a folder, sorted by path; or the one file that ``path`` is.
+
+    Raises:
+        DataError: nothing at ``path``, or no such file below it.
+    """
+    filesystem, root = open_storage(path)
+    info = check_exists(filesystem, root, path, "a folder of Parquet files, or one such file")
+    if info.type == pafs.FileType.File:
+        return filesystem, [info]
+    with explain_storage(f"data.path={path}"):
+        infos = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
+    found = {posixpath.relpath(info.path, root): info for info in infos if info.type == pafs.FileType.File}
+    shown = [name for name in sorted(found) if not any(part.startswith((".", "_")) for part in name.split("/"))]
+    chosen = [found[name] for name in shown if name.endswith(".parquet")]
+    if not chosen:
+        raise DataError(
+            f"data.path={path} holds no *.parquet ({_list_names(shown)}); give a folder of Parquet files, or one such "
+            "file."
+        )
+    return filesystem, chosen
 
 
 def _match_prefixes(found: dict[str, pafs.FileInfo], path: str) -> dict[SplitName, list[str]]:
@@ -156,7 +166,8 @@ def read_footers(filesystem: pafs.FileSystem, infos: Sequence[pafs.FileInfo]) ->
                 footers.append(FileFooter(file, info.path, parquet.metadata, parquet.schema_arrow))
         except (OSError, pa.ArrowException) as error:
             raise DataError(
-                f"{info.path} is not a readable Parquet file ({str(error).splitlines()[0]}); it may be cut short: "
+                explain_s3(error, info.path)
+                or f"{info.path} is not a readable Parquet file ({str(error).splitlines()[0]}); it may be cut short: "
                 "copy it again or take it out of the folder."
             ) from error
     return footers
@@ -179,13 +190,18 @@ def lay_out(footers: Sequence[FileFooter], column: ImageColumn) -> tuple[tuple[S
     return tuple(names), RowGroups(*(np.ascontiguousarray(values) for values in table.T))
 
 
-def fingerprint_footers(splits: dict[SplitName, list[FileFooter]], column: ImageColumn) -> str:
+def fingerprint_footers(
+    splits: dict[SplitName, list[FileFooter]], column: ImageColumn, resized: tuple[int, ...] | None = None
+) -> str:
     """Hash of what a teacher sees, as far as footers tell.
 
     Covers, for every split and file in order: the number of rows, and of every row group the rows and the stored
     sizes of the image column. Neither names nor labels: moving or relabelling a data set keeps the fingerprint, which
     whole-file sizes and footers as such would not (they hold the label column's sizes and statistics). Pixels
     exchanged for others of exactly the same stored sizes go unnoticed; only reading the content would tell.
+
+    Args:
+        resized: shape of rows that do not keep their own.
     """
     files: dict[str, list[Any]] = {}
     for split, footers in splits.items():
@@ -202,6 +218,8 @@ def fingerprint_footers(splits: dict[SplitName, list[FileFooter]], column: Image
             ]
             files[split].append([footer.metadata.num_rows, sizes])
     content = {"storage": column.storage, "shape": column.shape, "files": files}
+    if resized is not None:
+        content["resized"] = resized
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
