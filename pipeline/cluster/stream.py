@@ -26,8 +26,10 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource, Execut
 from ray.data.block import BlockMetadata
 
 from pipeline.cluster.pool import TeacherActor
-from pipeline.contracts.columns import BLOCK, INPUT, LABEL, SAMPLE_ID, TEACHER_LOGITS
+from pipeline.contracts.columns import BLOCK, INPUT, LABEL, LABEL_WEIGHT, PARTNER_LABEL, SAMPLE_ID, TEACHER_LOGITS
+from pipeline.contracts.events import Emitter
 from pipeline.data import AugmentParams, BlockPlan, BlockPlanner, Decoder, SplitReader, decode_block, read_blocks
+from pipeline.data.bad_rows import report_bad_rows
 
 MAX_BLOCKS_PER_TASK = 8
 MIN_BLOCKS_PER_TASK = 2
@@ -43,13 +45,15 @@ class BlockReader(Protocol):
 
 @dataclass(frozen=True)
 class TrainingBlocks:
-    """Blocks of the training split in the order of the run."""
+    """Blocks of the training split in the order of the run; ``augment`` and ``seed`` as in ``StreamPlan``."""
 
     reader: SplitReader
     planner: BlockPlanner
+    augment: AugmentParams | None = None
+    seed: int = 0
 
     def read(self, first: int, stop: int) -> pa.Table:
-        return read_blocks(self.reader, self.planner.blocks(first, stop))
+        return read_blocks(self.reader, self.planner.blocks(first, stop), self.augment, self.seed)
 
 
 @dataclass(frozen=True)
@@ -87,15 +91,17 @@ class StreamPlan:
     Attributes:
         blocks: reference to a ``BlockReader`` in the object store, put there once.
         batch_size: rows of a block.
-        block_bytes: size of a decoded block, for Ray Data's limits.
+        block_bytes: size of a block, decoded or encoded, whichever is larger, for Ray Data's limits.
         decoder, augment, seed: what the decode tasks do.
         pool: the teacher pool; none where no teacher is needed.
-        emitter: where the pool's actors record their use.
+        emitter: where the pool's actors record their use, and decode tasks the rows that they skip.
         max_read_tasks: reads in parallel.
         max_decode_tasks: decodes in parallel; none: as many as there are CPUs left.
         object_store_bytes: share of the object store for the stream; none: Ray Data's default.
         no_progress_timeout_s: how long an execution may stand still before it is an error.
         blocks_per_step: blocks of an optimizer step; the number of workers divides it.
+        logits_only: see ``whole_split``.
+        split: the rows are of, for the record.
     """
 
     blocks: ray.ObjectRef[Any]
@@ -112,6 +118,7 @@ class StreamPlan:
     no_progress_timeout_s: float = 1_800.0
     blocks_per_step: int = 1
     logits_only: bool = False
+    split: str = "train"
 
     @property
     def blocks_per_task(self) -> int:
@@ -162,26 +169,44 @@ def _read_task(blocks: ray.ObjectRef[Any], first: int, stop: int) -> Iterable[pa
     yield reader.read(first, stop)
 
 
-def _decode_task(table: pa.Table, decoder: Decoder, augment: AugmentParams, seed: int) -> dict[str, np.ndarray]:
-    return decode_block(table, decoder, augment, seed)
+def _decode_task(
+    table: pa.Table,
+    decoder: Decoder,
+    augment: AugmentParams,
+    seed: int,
+    emitter: Emitter | None,
+    split: str,
+    substitute: bool,
+) -> dict[str, np.ndarray]:
+    return decode_block(table, decoder, augment, seed, partial(report_bad_rows, emitter, split), substitute=substitute)
 
 
 def build_stream(plan: StreamPlan, first: int, stop: int) -> Dataset:
     """The dataset of blocks ``first`` to ``stop`` (exclusive) of the run; nothing runs yet."""
-    num_tasks = -(-(stop - first) // plan.blocks_per_task)
+    num_blocks = max(stop - first, 1)
+    num_tasks = -(-num_blocks // plan.blocks_per_task)
     context = DataContext.get_current()
     configure_context(context, plan)
     dataset = ray.data.read_datasource(
-        _BlockSource(plan, first, stop), override_num_blocks=max(num_tasks, 1), concurrency=plan.max_read_tasks
+        _BlockSource(plan, first, stop),
+        override_num_blocks=num_tasks,
+        concurrency=min(plan.max_read_tasks, num_tasks),  # Ray Data warns of a limit above what there is to do
     )
     dataset = dataset.repartition(target_num_rows_per_block=plan.batch_size, strict=True)
     dataset = dataset.map_batches(
         _decode_task,
-        fn_kwargs={"decoder": plan.decoder, "augment": plan.augment, "seed": plan.seed},
+        fn_kwargs={
+            "decoder": plan.decoder,
+            "augment": plan.augment,
+            "seed": plan.seed,
+            "emitter": plan.emitter,
+            "split": plan.split,
+            "substitute": not plan.logits_only,
+        },
         batch_size=None,
         batch_format="pyarrow",
         zero_copy_batch=True,
-        concurrency=plan.max_decode_tasks,
+        concurrency=None if plan.max_decode_tasks is None else min(plan.max_decode_tasks, num_blocks),
     )
     if plan.pool is not None:
         pool = plan.pool
@@ -243,6 +268,8 @@ def iterate_stream(shards: Iterable[ray.data.DataIterator], with_teacher: bool) 
                 "labels": batch[LABEL],
                 "sample_ids": batch[SAMPLE_ID],
                 "teacher_logits": batch[TEACHER_LOGITS] if with_teacher else None,
+                "partner_labels": batch.get(PARTNER_LABEL),
+                "label_weights": batch.get(LABEL_WEIGHT),
             }
 
 
@@ -274,5 +301,8 @@ def segment_name(index: int) -> str:
 
 
 def whole_split(plan: StreamPlan) -> StreamPlan:
-    """The same stream over a split in the order of its ids, without augmentation, for logits alone."""
+    """The same stream over a split in the order of its ids, without augmentation, for logits alone.
+
+    A row that is skipped keeps its place, with sample id NO_SAMPLE; its logits mean nothing.
+    """
     return replace(plan, augment=AugmentParams(), logits_only=True)

@@ -148,7 +148,7 @@ def _worker(config: dict[str, Any]) -> None:
     try:
         context = RayWorkerContext(config["emitter"], plan.start_from)
         shards = ShardSource(config["blocks_per_segment"], plan.num_blocks, plan.with_teacher, context.cursor())
-        train(build_job(plan.spec, ray.get(config["source"])), context, shards)
+        train(build_job(plan.spec, ray.get(config["source"]), config["emitter"]), context, shards)
     except Exception as error:
         _record_fatal(error, plan.storage / _FATAL_FILE)
         raise

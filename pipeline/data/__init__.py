@@ -6,7 +6,7 @@ from pipeline.data.decode import Decoder
 from pipeline.data.order import BlockPlan, BlockPlanner, EpochOrder
 from pipeline.data.params import DATASETS, DataParams
 from pipeline.data.rows import RowGroups, RowSet
-from pipeline.data.source import DataSource, RowDecoder, SplitReader, TableReader
+from pipeline.data.source import DataSource, SplitReader, TableReader
 
 __all__ = [
     "DATASETS",
@@ -17,7 +17,6 @@ __all__ = [
     "DataSource",
     "Decoder",
     "EpochOrder",
-    "RowDecoder",
     "RowGroups",
     "RowSet",
     "SplitReader",

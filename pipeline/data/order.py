@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.rows import ORDER_KEY, permutation
+from pipeline.data.rows import GROUP_KEY, ORDER_KEY, permutation
 from pipeline.data.source import SplitReader
 from pipeline.errors import DataError
 
@@ -22,7 +22,7 @@ class _Windows:
     """The windows of one epoch.
 
     Attributes:
-        groups: the row groups of each window.
+        groups: the row groups of each window, ascending.
         starts: (num_windows + 1,) position in the epoch at which each window starts.
         bounds: ``RowGroups.bounds``.
     """
@@ -35,26 +35,26 @@ class _Windows:
 class EpochOrder:
     """The order of a split's rows in every epoch.
 
-    A split in memory is permuted as a whole, by the key (seed, epoch, 0). Otherwise its row groups are permuted, by
-    the same key; consecutive groups form a window as long as they fit in ``window_bytes``; and the rows of window w
-    are permuted by the key (seed, epoch, w + 1). A window holds whole groups, so reading it touches no other.
+    The rows of window w, in the order of their ids, are permuted by the key (seed, epoch, w). A split in memory is
+    one window. Otherwise the split's row groups are permuted, by the key (seed, epoch), and consecutive ones form a
+    window as long as they fit in ``window_bytes``. A window holds whole groups, so reading it touches no other; and
+    where a single one holds all groups, the order is that of the split in memory.
 
     Pickles without any permutation: rows and groups are kept as rules and small arrays.
 
     Args:
         reader: of the train split; not kept.
         seed: of the run, >= 0.
-        window_bytes: largest window; needed where the reader has row groups. One larger group is a window by itself.
+        window_bytes: largest window; one larger group is a window by itself. None: all rows are one window, as they
+            are where the reader has no row groups.
     """
 
     def __init__(self, reader: SplitReader, seed: int, window_bytes: int | None = None) -> None:
         self._rows = reader.rows
-        self._groups = reader.groups
+        self._groups = None if window_bytes is None else reader.groups
         self._seed = seed
         self._window_bytes = window_bytes
         self._last: tuple[int, _Windows] | None = None
-        if self._groups is not None and window_bytes is None:
-            raise ValueError("window_bytes is needed for a reader with row groups")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None}
@@ -82,7 +82,7 @@ class EpochOrder:
     def _window_ids(self, windows: _Windows, epoch: int, window: int) -> np.ndarray:
         bounds = windows.bounds
         ids = np.concatenate([self._rows.ids[bounds[g] : bounds[g + 1]] for g in windows.groups[window]])
-        shuffled: np.ndarray = ids[permutation(len(ids), (ORDER_KEY, self._seed, epoch, int(window) + 1))]
+        shuffled: np.ndarray = ids[permutation(len(ids), (ORDER_KEY, self._seed, epoch, int(window)))]
         return shuffled
 
     def _windows(self, epoch: int) -> _Windows:
@@ -95,7 +95,7 @@ class EpochOrder:
         assert self._window_bytes is not None
         bounds = self._groups.bounds(self._rows)
         group_rows = np.diff(bounds)
-        order = permutation(len(self._groups), (ORDER_KEY, self._seed, epoch, 0))
+        order = permutation(len(self._groups), (GROUP_KEY, self._seed, epoch))
         order = order[group_rows[order] > 0]  # a group may have lost all of its rows to validation and test
         cuts, window_bytes = [], 0
         for position, num_bytes in enumerate(self._groups.num_bytes[order].tolist()):
@@ -103,7 +103,7 @@ class EpochOrder:
                 cuts.append(position)
                 window_bytes = 0
             window_bytes += num_bytes
-        groups = np.split(order, cuts)
+        groups = [np.sort(window) for window in np.split(order, cuts)]
         sizes = [int(group_rows[window].sum()) for window in groups]
         return _Windows(groups, np.concatenate([[0], np.cumsum(sizes)]), bounds)
 

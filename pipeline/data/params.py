@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from pipeline.contracts.columns import InputSpec
 from pipeline.data.augment import AugmentParams
+from pipeline.data.decode import Decoder
+from pipeline.data.source import DataSource, SplitReader, check_fits
 from pipeline.registry import Params, Registry
-
-if TYPE_CHECKING:
-    from pipeline.data.source import DataSource
 
 
 class DataParams(Params):
@@ -31,6 +31,10 @@ class DataParams(Params):
     """A train split of more encoded bytes is shuffled by windows of whole row groups instead of all rows at once."""
     window_bytes: int = Field(default=2**27, ge=1)
     """Largest window of that shuffle; every process that reads keeps up to two of them."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What becomes of a row that cannot be used: damaged, null, of another size, not finite, or of a class that is
+    none. error: the run ends and names it. skip: it is left out; in training the next good row of its block stands in
+    for it."""
 
     @model_validator(mode="after")
     def _leave_rows_for_train(self) -> Self:
@@ -49,6 +53,21 @@ class DataParams(Params):
             DataError: something is missing or not as described.
             ConfigError: parameters that do not go together.
         """
+
+    def open_rows(self, spec: InputSpec) -> tuple[SplitReader, Decoder]:
+        """All rows as one set in the order of sample ids, for a network to predict; labels are not read.
+
+        Here the test split, where there is no better meaning of all rows.
+
+        Args:
+            spec: what the network was trained on.
+
+        Raises:
+            DataError: the rows are of another kind or size, or cannot be read.
+        """
+        source = self.open()
+        check_fits(spec, source.spec.kind, source.spec.shape, f"data={self.name}")
+        return source.split("test"), source.decoder("test")
 
 
 DATASETS: Registry[DataParams] = Registry("data set", "pipeline.data")

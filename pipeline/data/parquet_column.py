@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.data.decode import image_shape
+from pipeline.data.decode import image_shape, offer_skipping
 from pipeline.errors import DataError
 
 ACCEPTED = (
@@ -21,7 +21,7 @@ ACCEPTED = (
 
 @dataclass(frozen=True)
 class ImageColumn:
-    """Name and format of the column that networks are given.
+    """Name and format of the column that networks are given, as it is stored.
 
     Attributes:
         name: of the column.
@@ -49,6 +49,44 @@ class ImageColumn:
         """Bytes of one row in memory; none where they differ from row to row."""
         item_bytes = {"pixels": 1, "features": 4}.get(self.storage)
         return None if item_bytes is None else item_bytes * int(np.prod(self.list_sizes))
+
+    def normalise_good(self, array: pa.Array) -> tuple[pa.Array, np.ndarray]:
+        """As ``normalise``, with a placeholder for every row that has no such form.
+
+        Returns:
+            The rows in the form of the ``encoded`` column, and (N,) bool: is a placeholder.
+        """
+        try:
+            return self.normalise(array, str), np.zeros(len(array), bool)
+        except DataError:  # looking at every level of every row is slow, and seldom needed
+            bad = self._find_bad(array)
+        good = np.flatnonzero(~bad)
+        if len(good) == 0:
+            return self._make_placeholders(len(array)), bad
+        chosen = np.where(bad, good[0], np.arange(len(array)))
+        return self.normalise(array.take(pa.array(chosen)), str), bad
+
+    def _find_bad(self, array: pa.Array) -> np.ndarray:
+        """(N,) bool: has a null, or a list of another length, at any level."""
+        bad = np.zeros(len(array), bool)
+        if self.storage == "struct":
+            array = pc.struct_field(array, "bytes")
+        if isinstance(array, pa.ExtensionArray):
+            array = array.storage
+        rows = np.arange(len(array))  # which row each value of the present level belongs to
+        for size in self.list_sizes:
+            lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
+            bad[rows[lengths != size]] = True
+            array, rows = array.flatten(), np.repeat(rows, lengths)
+        bad[rows[array.is_null().to_numpy(zero_copy_only=False)]] = True
+        return bad
+
+    def _make_placeholders(self, num_rows: int) -> pa.Array:
+        if self.storage in ("encoded", "struct"):
+            return pa.array([b""] * num_rows, pa.large_binary())
+        items = int(np.prod(self.list_sizes))
+        values = np.zeros(num_rows * items, np.float32 if self.storage == "features" else np.uint8)
+        return pa.FixedSizeListArray.from_arrays(pa.array(values), items)
 
     def normalise(self, array: pa.Array, name_row: Callable[[int], str]) -> pa.Array:
         """Brings stored values into the form of the ``encoded`` column.
@@ -84,16 +122,17 @@ class ImageColumn:
         lengths = pc.list_value_length(array).to_numpy(zero_copy_only=False)
         wrong = np.flatnonzero(lengths != size)
         if len(wrong):
-            raise DataError(
+            sentence = (
                 f"{name_row(int(wrong[0]) // items)} has a list of {lengths[wrong[0]]} values in column {self.name!r}, "
                 f"expected {size}; all rows must have one size."
             )
+            raise DataError(offer_skipping(sentence))
 
 
 def _refuse_nulls(array: pa.Array, items: int, name_row: Callable[[int], str]) -> None:
     if array.null_count:
         position = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
-        raise DataError(f"{name_row(position // items)} holds a null; fill it in or remove the row.")
+        raise DataError(offer_skipping(f"{name_row(position // items)} holds a null; fill it in or remove the row."))
 
 
 def detect_column(

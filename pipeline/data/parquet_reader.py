@@ -11,10 +11,12 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from pipeline.data.decode import SourceFile, name_row
+from pipeline.contracts.columns import NO_LABEL
+from pipeline.data.decode import BAD, SourceFile, name_row
 from pipeline.data.parquet_column import ImageColumn
 from pipeline.data.rows import RowGroups, RowSet
 from pipeline.data.source import SplitReader, make_table, positions_of
+from pipeline.data.storage import explain_s3
 from pipeline.errors import DataError
 
 
@@ -70,7 +72,8 @@ class ParquetReader(SplitReader):
         groups: row groups of the files.
         rows: the rows of the split.
         column: format of the image column.
-        label_column: name of the label column.
+        label_column: name of the label column; none: the rows have no label.
+        skip_bad: mark rows that do not have that format, or a label below 0, instead of refusing them.
         cache_bytes: row groups that each process keeps; enough for two windows, or rows that come in shuffled
             order would read every group again and again.
     """
@@ -85,8 +88,9 @@ class ParquetReader(SplitReader):
         groups: RowGroups,
         rows: RowSet,
         column: ImageColumn,
-        label_column: str,
+        label_column: str | None,
         cache_bytes: int,
+        skip_bad: bool = False,
     ) -> None:
         self.rows = rows
         self.groups = groups
@@ -96,6 +100,7 @@ class ParquetReader(SplitReader):
         self._column = column
         self._label_column = label_column
         self._cache_bytes = cache_bytes
+        self._skip_bad = skip_bad
 
     @property
     def encoded_bytes(self) -> int:
@@ -130,7 +135,7 @@ class ParquetReader(SplitReader):
 
     def _group(self, index: int) -> pa.Table:
         file = self._files[self.groups.file[index]]
-        key = (file, int(self.groups.index[index]), self._column, self._label_column)
+        key = (file, int(self.groups.index[index]), self._column, self._label_column, self._skip_bad)
         table = _CACHE.get(key)
         if table is None:
             table = self._read_group(file, index)
@@ -140,13 +145,14 @@ class ParquetReader(SplitReader):
     def _read_group(self, file: ParquetFile, index: int) -> pa.Table:
         first_row, num_rows = int(self.groups.first_row[index]), int(self.groups.num_rows[index])
         name = self._names[self.groups.file[index]].path
-        columns = [self._column.leaf, self._label_column]
+        columns = [self._column.leaf, *([self._label_column] if self._label_column else [])]
         try:
             with pq.ParquetFile(file.path, filesystem=self._filesystem) as parquet:
                 raw = parquet.read_row_group(int(self.groups.index[index]), columns=columns, use_threads=False)
         except (OSError, pa.ArrowException) as error:
             raise DataError(
-                f"{name}: cannot read row group {self.groups.index[index]} ({str(error).splitlines()[0]}); "
+                explain_s3(error, name)
+                or f"{name}: cannot read row group {self.groups.index[index]} ({str(error).splitlines()[0]}); "
                 "the file was removed, changed or damaged since the run began; restore it."
             ) from error
         if raw.num_rows != num_rows:
@@ -154,11 +160,24 @@ class ParquetReader(SplitReader):
                 f"{name}: row group {self.groups.index[index]} has {raw.num_rows} rows, expected {num_rows}; "
                 "the file has changed since the run began; restore it or start a new run."
             )
-        encoded = self._column.normalise(
-            raw[self._column.name].combine_chunks(), lambda row: name_row(self._names, first_row + row)
-        )
-        labels = raw[self._label_column].combine_chunks().cast(pa.int64())
-        return make_table(np.arange(first_row, first_row + num_rows), encoded, labels)
+        stored, sample_ids = raw[self._column.name].combine_chunks(), np.arange(first_row, first_row + num_rows)
+        labels = self._take_labels(raw)
+        if self._skip_bad:
+            encoded, bad = self._column.normalise_good(stored)
+            bad |= labels < NO_LABEL
+            table = make_table(sample_ids, encoded, pa.array(np.maximum(labels, NO_LABEL)))
+            return table.append_column(BAD, pa.array(bad))
+        encoded = self._column.normalise(stored, lambda row: name_row(self._names, first_row + row))
+        return make_table(sample_ids, encoded, pa.array(labels))
+
+    def _take_labels(self, raw: pa.Table) -> np.ndarray:
+        """(N,) int64: NO_LABEL where there is none, and below that what is stored below 0."""
+        if self._label_column is None:
+            return np.full(raw.num_rows, NO_LABEL)
+        stored = raw[self._label_column].combine_chunks().cast(pa.int64())
+        missing = stored.is_null().to_numpy(zero_copy_only=False)
+        labels = stored.fill_null(0).to_numpy()
+        return np.where(missing, NO_LABEL, np.where(labels < 0, NO_LABEL - 1, labels))
 
 
 def _take(group: pa.Table, rows: np.ndarray) -> pa.Table:

@@ -14,6 +14,7 @@ from pipeline.errors import DataError
 # First word of a permutation's key: keeps the draws for different purposes apart, whatever the seeds are.
 ORDER_KEY = 1
 CARVE_KEY = 2
+GROUP_KEY = 3
 
 
 @lru_cache(maxsize=4)
@@ -112,6 +113,24 @@ def carve(num_rows: int, fractions: Mapping[SplitName, float], seed: int) -> dic
         )
     splits["train"] = RowSet(num_rows, seed, start, num_rows)
     return splits
+
+
+def divide(
+    num_rows: Mapping[SplitName, int], fractions: Mapping[SplitName, float], seed: int
+) -> dict[SplitName, RowSet]:
+    """The rows of all splits: all that a split has of its own, or else what is carved out of train.
+
+    Args:
+        num_rows: of each split that has rows of its own; of train at least.
+        fractions: as of ``carve``, for validation and test.
+        seed: ``data.split_seed``.
+
+    Raises:
+        DataError: no row would be left for train.
+    """
+    whole = {split: RowSet.whole(number) for split, number in num_rows.items()}
+    missing = {split: fraction for split, fraction in fractions.items() if split not in num_rows}
+    return whole | carve(num_rows["train"], missing, seed) if missing else whole
 
 
 @dataclass(frozen=True, eq=False)

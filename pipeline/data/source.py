@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.contracts.columns import ENCODED, LABEL, SAMPLE_ID, InputSpec, SplitName
-from pipeline.data.decode import Decoder
+from pipeline.data.decode import Decoder, SourceFile, name_row
 from pipeline.data.rows import RowGroups, RowSet
 from pipeline.errors import DataError
 
@@ -19,7 +21,7 @@ class SplitReader(ABC):
 
     Attributes:
         rows: which rows belong to the split.
-        groups: row groups of the files behind it; none where the split is in memory.
+        groups: row groups of the files behind it: what is read, and mixed, together; none where it has none.
     """
 
     rows: RowSet
@@ -48,7 +50,8 @@ class SplitReader(ABC):
 
         Returns:
             B rows: ``sample_id`` int64, ``encoded`` (large_binary, or a fixed-size list of uint8 or float32) and
-            ``label`` int64.
+            ``label`` int64, NO_LABEL where there is none. With ``data.on_bad_row=skip`` there may be a boolean column
+            ``bad``: the row could not be brought into this form, and its ``encoded`` is a placeholder.
 
         Raises:
             DataError: an id is not of this split, or a file cannot be read.
@@ -62,13 +65,15 @@ class TableReader(SplitReader):
         table: columns ``sample_id`` (ascending), ``encoded`` and ``label``, one row for every id of ``rows``. It may
             live in shared memory: nothing is copied unless a column has several chunks.
         rows: which rows these are; ``reader.rows`` of the reader they came from.
+        groups: ``reader.groups`` of that reader.
     """
 
-    def __init__(self, table: pa.Table, rows: RowSet) -> None:
+    def __init__(self, table: pa.Table, rows: RowSet, groups: RowGroups | None = None) -> None:
         if table.num_rows != rows.num_rows:
             raise DataError(f"the table has {table.num_rows} rows, but the split it is said to hold {rows.num_rows}.")
         self.table = table.combine_chunks()  # taking rows out of several chunks is not O(batch)
         self.rows = rows
+        self.groups = groups
 
     @property
     def encoded_bytes(self) -> int:
@@ -97,10 +102,37 @@ def make_table(sample_ids: np.ndarray, encoded: pa.Array, labels: pa.Array) -> p
     return pa.table({SAMPLE_ID: pa.array(sample_ids, pa.int64()), ENCODED: encoded, LABEL: labels})
 
 
-class RowDecoder(Protocol):
-    """Anything that turns the ``encoded`` column into arrays: a decoder, or a whole source."""
+@dataclass(frozen=True)
+class Unlabelled:
+    """The rows of a split that have no label.
 
-    def decode(self, table: pa.Table) -> np.ndarray: ...
+    Attributes:
+        num_rows: how many.
+        num_split_rows: rows of the split, with a label or without.
+        first: the first of them by name, and what is missing there, for messages.
+    """
+
+    num_rows: int
+    num_split_rows: int
+    first: str
+
+
+def find_unlabelled(
+    missing: np.ndarray, rows: RowSet, files: Sequence[SourceFile], reason: str = ""
+) -> Unlabelled | None:
+    """The rows of a split that have no label; none where all have one.
+
+    Args:
+        missing: (N,) bool over the source's rows: has no label.
+        rows: of the split.
+        files: the source's files.
+        reason: what is missing there, if more can be said than that it is missing.
+    """
+    unlabelled = rows.ids[missing[rows.ids]]
+    if len(unlabelled) == 0:
+        return None
+    first = name_row(files, int(unlabelled[0]))
+    return Unlabelled(len(unlabelled), rows.num_rows, f"{first}, {reason}" if reason else first)
 
 
 class DataSource(ABC):
@@ -112,12 +144,14 @@ class DataSource(ABC):
             kept under it outlive a relabelling.
         carved: for each split without files of its own, a phrase saying where its rows come from.
         memory_bytes: a split of up to this many encoded bytes is held in memory.
+        unlabelled: for each split that has rows without label, which. Whether that matters depends on the loss.
     """
 
     spec: InputSpec
     fingerprint: str
     carved: dict[SplitName, str]
     memory_bytes: int
+    unlabelled: Mapping[SplitName, Unlabelled] = MappingProxyType({})
 
     @abstractmethod
     def split(self, name: SplitName) -> SplitReader:
@@ -129,7 +163,7 @@ class DataSource(ABC):
 
     def decode(self, table: pa.Table) -> np.ndarray:
         """As ``Decoder.decode``, for rows of any split: an error names the sample id, but no file."""
-        return Decoder(self.spec.kind, self.spec.shape).decode(table)
+        return replace(self.decoder("train"), files=()).decode(table)
 
     def in_memory(self, name: SplitName) -> bool:
         """Whether the split is small enough to be held in memory and shuffled as a whole."""
@@ -141,7 +175,35 @@ class DataSource(ABC):
         reader = self.split(name)
         if isinstance(reader, TableReader):
             return reader
-        return TableReader(reader.read(reader.sample_ids), reader.rows)
+        return TableReader(reader.read(reader.sample_ids), reader.rows, reader.groups)
+
+
+def check_fits(spec: InputSpec, kind: str, shape: tuple[int, ...], where: str, *, encoded: bool = False) -> None:
+    """Refuses rows that a network cannot be given.
+
+    Args:
+        spec: what the network was trained on.
+        kind: of the rows.
+        shape: of the rows: (C, H, W) or (F,).
+        where: they are, for messages.
+        encoded: as image files, which a network of three channels is given grey as well.
+
+    Raises:
+        DataError: kind, channels or size do not fit.
+    """
+    told = {"image": "images of (channels, height, width)", "features": "feature vectors of length"}
+    expected = f"expected {told[spec.kind]} {_show(spec.shape)} as the network was trained on"
+    got = f"holds {told[kind]} {_show(shape)}"
+    if kind != spec.kind or (kind == "features" and shape != spec.shape):
+        raise DataError(f"{where} {got}, {expected}; give rows of that kind.")
+    if shape[0] != spec.shape[0] and not (encoded and (shape[0], spec.shape[0]) == (1, 3)):
+        raise DataError(f"{where} {got}, {expected}; give images of {spec.shape[0]} channels.")
+    if shape[1:] != spec.shape[1:]:
+        raise DataError(f"{where} {got}, {expected}; set data.image_size=[{spec.shape[1]},{spec.shape[2]}].")
+
+
+def _show(shape: tuple[int, ...]) -> str:
+    return str(shape[0]) if len(shape) == 1 else str(tuple(shape))
 
 
 def describe_carved(rows: RowSet) -> str:

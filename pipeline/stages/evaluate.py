@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 from pipeline.config.load import load_config, take_run
 from pipeline.config.request import Request
-from pipeline.config.results import write_result
+from pipeline.config.results import write_json, write_result
 from pipeline.config.schema import Config
 from pipeline.config.stored import StoredRun, find_run, read_run
 from pipeline.contracts.columns import SplitName
 from pipeline.data.logits import save_logits
 from pipeline.errors import ConfigError
 from pipeline.models import Teacher, resolve_checkpoint
+from pipeline.stages.skipped import FILE_NAME, SkippedRows
 from pipeline.stages.training import metrics_table
-from pipeline.stages.work import check_teacher, learns_from_teacher, logits_path, trained_network
-from pipeline.training import EvaluationSpec, compute_logits, evaluate_weights, open_test, teacher_arguments
+from pipeline.stages.work import check_labels, check_teacher, learns_from_teacher, logits_path, trained_network
+from pipeline.training import Evaluation, EvaluationSpec, compute_logits, evaluate_weights, open_test, teacher_arguments
 
 
 def evaluate(request: Request) -> int:
     """Evaluates in this process, on its GPU if it has one; returns 0.
 
-    The result goes to ``evaluate/result.json`` of the run folder; the run itself is not changed.
+    The result goes to ``evaluate/result.json`` of the run folder, with accuracies by class beside it in
+    ``evaluation.json``; the run itself is not changed.
 
     Raises:
         PipelineError: no such run, or one without kept weights.
@@ -29,10 +32,16 @@ def evaluate(request: Request) -> int:
     stored, config = _load_run(request)
     weights = resolve_checkpoint(str(stored.dir))
     source = config.data.open()
+    check_labels(config, source, training=False)
     _, network = trained_network(config, stored.command)
     checked = check_teacher(config, source) if learns_from_teacher(config, stored.command) else None
     teacher = None
+    folder = stored.dir / "evaluate"
+    folder.mkdir(exist_ok=True)
+    (folder / FILE_NAME).unlink(missing_ok=True)
+    skipped = SkippedRows(folder, None)
     metrics: dict[str, float] = {}
+    evaluations: dict[str, Evaluation] = {}
     splits: tuple[SplitName, ...] = ("validation", "test") if config.evaluation.test else ("validation",)
     for split in splits:
         reader = open_test(source, "asked for by the evaluate command") if split == "test" else source.split(split)
@@ -44,13 +53,17 @@ def evaluate(request: Request) -> int:
                 save_logits(logits, compute_logits(teacher, source.decoder(split), reader, config.train.batch_size))
         job = EvaluationSpec(
             network, str(weights), source.spec, source.decoder(split), reader, split, config.evaluation,
-            None if logits is None else str(logits), config.train.precision,
+            None if logits is None else str(logits), config.train.precision, emitter=skipped,
         )  # fmt: skip
-        metrics |= evaluate_weights(job).metrics
+        evaluations[split] = evaluate_weights(job)
+        metrics |= evaluations[split].metrics
     print(metrics_table(stored.name, metrics))
-    path = stored.dir / "evaluate" / "result.json"
-    path.parent.mkdir(exist_ok=True)
-    write_result(path, stored.dir, stored.config_hash, "finished", metrics, {"exit_code": 0})
+    if summary := skipped.summary():
+        print(summary)
+    write_json(folder / "evaluation.json", {split: asdict(result) for split, result in evaluations.items()})
+    path = folder / "result.json"
+    extra = {"exit_code": 0, "num_bad_rows": len(skipped)}
+    write_result(path, stored.dir, stored.config_hash, "finished", metrics, extra)
     print(path, flush=True)
     return 0
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import pickle
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,9 +9,17 @@ from typing import TYPE_CHECKING, Protocol
 
 from pipeline.config.schema import Config
 from pipeline.contracts.columns import SplitName
+from pipeline.contracts.events import Emitter
 from pipeline.data import SplitReader
 from pipeline.data.logits import save_logits
 from pipeline.errors import TrainingError
+from pipeline.stages.pool import (
+    estimate_block_bytes,
+    list_stream_demands,
+    make_pool_plan,
+    pool_device,
+    stream_limits,
+)
 from pipeline.stages.session import RunSession
 from pipeline.stages.work import Work, learns_from_teacher, logits_path
 from pipeline.training import (
@@ -35,8 +41,6 @@ from pipeline.training import (
 if TYPE_CHECKING:  # importing ray takes seconds, and not every way needs it
     from pipeline.cluster.preflight import Demand
     from pipeline.cluster.stream import BlockReader, PoolPlan, StreamPlan
-
-_DEFAULT_DATA_TASKS = 2
 
 
 class Execution(Protocol):
@@ -88,14 +92,16 @@ class _InProcess:
             work.config.run.seed,
             work.plan.num_blocks,
             self._teacher,
+            self._session.skipped,
         )
         context = _local_context(work, self._session)
-        state = train(build_job(work.spec(logits), work.source), context, source)
+        state = train(build_job(work.spec(logits), work.source, self._session.skipped), context, source)
         self._session.say("training", "finished")
         return _kept(state.best)
 
     def evaluate(self, split: SplitName, reader: SplitReader) -> Evaluation:
-        return evaluate_weights(_evaluation_spec(self._work, split, reader, self._logits(split, reader)))
+        logits = self._logits(split, reader)
+        return evaluate_weights(_evaluation_spec(self._work, split, reader, logits, self._session.skipped))
 
     def _logits(self, split: SplitName, reader: SplitReader) -> Path | None:
         if self._teacher is None:
@@ -129,7 +135,7 @@ class _OnRay:
         )
         # Once a step was taken, workers and pool are placed: the next run may be.
         session.listen(lambda event: release() if event.kind == "step" else None)
-        self._drain = QueueDrain(session.journal)
+        self._drain = QueueDrain(session.skipped)
         stack.callback(self._drain.close)
         session.before_kill(lambda: self._drain.flush(0.3))
 
@@ -167,10 +173,11 @@ class _OnRay:
         work = self._work
         source = DriverSource(self._training_stream(), work.plan.num_blocks, work.teacher is not None)
         context = _local_context(work, self._session)
-        return _kept(train(build_job(work.spec(logits), work.source), context, source).best)
+        job = build_job(work.spec(logits), work.source, self._session.skipped)
+        return _kept(train(job, context, source).best)
 
     def evaluate(self, split: SplitName, reader: SplitReader) -> Evaluation:
-        spec = _evaluation_spec(self._work, split, reader, self._logits(split, reader))
+        spec = _evaluation_spec(self._work, split, reader, self._logits(split, reader), self._drain.emitter)
         if self._work.config.cluster.name == "driver":
             return evaluate_weights(spec)
         from pipeline.cluster.tasks import run_task
@@ -188,62 +195,42 @@ class _OnRay:
 
             self._session.say("teacher logits", detail=f"{split}, {reader.num_rows} rows")
             blocks = SplitBlocks(reader, self._work.config.train.batch_size)
-            write_pool_logits(whole_split(self._stream(blocks, split)), reader.num_rows, path)
+            write_pool_logits(whole_split(self._stream(blocks, split, reader)), reader.num_rows, path)
             self._session.say("teacher logits", "finished")
         return path
 
     def _training_stream(self) -> StreamPlan:
         from pipeline.cluster.stream import TrainingBlocks
 
-        return self._stream(TrainingBlocks(self._work.reader, self._work.planner), "train")
+        work = self._work
+        augment, seed = work.config.data.augment, work.config.run.seed
+        return self._stream(TrainingBlocks(work.reader, work.planner, augment, seed), "train", work.reader)
 
-    def _stream(self, blocks: BlockReader, split: SplitName) -> StreamPlan:
+    def _stream(self, blocks: BlockReader, split: SplitName, reader: SplitReader) -> StreamPlan:
         from pipeline.cluster.stream import StreamPlan, share
 
         work, config = self._work, self._work.config
-        spec = work.source.spec
-        item_bytes = 1 if spec.kind == "image" else 4
         return StreamPlan(
             blocks=share(blocks),
             batch_size=config.train.batch_size,
-            block_bytes=config.train.batch_size * (math.prod(spec.shape) * item_bytes + 4 * spec.num_classes + 32),
+            block_bytes=estimate_block_bytes(
+                work.source.spec, config.train.batch_size, reader, with_partners=config.data.augment.mixes
+            ),
             decoder=work.source.decoder(split),
             augment=config.data.augment,
             seed=config.run.seed,
             pool=self._pool_plan(),
             emitter=self._drain.emitter,
-            max_read_tasks=_num_data_tasks(work.config),
-            max_decode_tasks=None if config.cluster.data_cpus is None else _num_data_tasks(config),
-            object_store_bytes=config.cluster.object_store_bytes,
-            no_progress_timeout_s=config.teacher.pool.no_progress_timeout_s,
             blocks_per_step=work.plan.blocks_per_step,
+            split=split,
+            **stream_limits(config),
         )
 
     def _pool_plan(self) -> PoolPlan | None:
-        from pipeline.cluster.stream import PoolPlan
-
-        if self._work.teacher is None:
+        teacher, pool = self._work.teacher, self._work.config.teacher.pool
+        if teacher is None:
             return None
-        pool = self._work.config.teacher.pool
-        options = {
-            "num_cpus": pool.num_cpus,
-            "num_gpus": pool.num_gpus,
-            "resources": dict(pool.resources),
-            "max_restarts": -1,
-            "max_task_retries": pool.max_task_retries,
-            **({"accelerator_type": pool.accelerator_type} if pool.accelerator_type else {}),
-            **({"label_selector": dict(pool.label_selector)} if pool.label_selector else {}),
-        }
-        # Ray does not hide GPUs from a process that holds none of them.
-        device = "cuda" if pool.num_gpus else "cpu"
-        return PoolPlan(
-            build=pickle.dumps(_teacher_arguments(self._work, device)),
-            min_size=pool.min,
-            max_size=pool.max or pool.min,
-            actor_options=options,
-            num_threads=max(1, int(pool.num_cpus)),
-            fingerprint=self._work.teacher.fingerprint,
-        )
+        return make_pool_plan(pool, _teacher_arguments(self._work, pool_device(pool)), teacher.fingerprint)
 
 
 def list_demands(config: Config, command: str) -> list[Demand]:
@@ -255,14 +242,7 @@ def list_demands(config: Config, command: str) -> list[Demand]:
         demands.append(
             Demand("student worker", config.cluster.num_workers, _worker_bundle(config), "cluster.num_workers")
         )
-    if learns_from_teacher(config, command):
-        pool = config.teacher.pool
-        bundle = {"CPU": pool.num_cpus, "GPU": pool.num_gpus, **pool.resources}
-        if pool.accelerator_type is not None:
-            bundle[f"accelerator_type:{pool.accelerator_type}"] = 0.001  # how Ray counts what a node is of
-        demands.append(Demand("teacher actor", pool.min, bundle, "teacher.pool.min", most=pool.max))
-    demands.append(Demand("data task", _num_data_tasks(config), {"CPU": 1.0}, "cluster.data_cpus"))
-    return demands
+    return demands + list_stream_demands(config, "teacher actor" if learns_from_teacher(config, command) else None)
 
 
 def preflight_rows(config: Config, command: str) -> list[list[str]]:
@@ -282,11 +262,6 @@ def _worker_bundle(config: Config) -> dict[str, float]:
 
 def _num_threads(work: Work) -> int:
     return work.config.train.num_threads or max(1, int(work.config.cluster.num_cpus_per_worker))
-
-
-def _num_data_tasks(config: Config) -> int:
-    limit = config.cluster.data_cpus
-    return _DEFAULT_DATA_TASKS if limit is None else max(1, int(limit))
 
 
 def _logits_path(work: Work, split: SplitName, reader: SplitReader) -> Path:
@@ -324,7 +299,9 @@ def _local_context(work: Work, session: RunSession) -> LocalContext:
     )
 
 
-def _evaluation_spec(work: Work, split: SplitName, reader: SplitReader, logits: Path | None) -> EvaluationSpec:
+def _evaluation_spec(
+    work: Work, split: SplitName, reader: SplitReader, logits: Path | None, emitter: Emitter
+) -> EvaluationSpec:
     return EvaluationSpec(
         work.network,
         str(work.run.dir / "model" / "model.safetensors"),
@@ -336,6 +313,7 @@ def _evaluation_spec(work: Work, split: SplitName, reader: SplitReader, logits: 
         None if logits is None else str(logits),
         work.config.train.precision,
         _student_device(work.config),
+        emitter,
     )
 
 

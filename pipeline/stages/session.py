@@ -9,7 +9,7 @@ import statistics
 import threading
 from collections.abc import Callable, Mapping
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -17,6 +17,7 @@ from pipeline.config.runs import Run
 from pipeline.contracts.events import Event, Journal, read_events
 from pipeline.errors import PipelineError
 from pipeline.report.live import LiveView
+from pipeline.stages.skipped import SkippedRows
 from pipeline.tracking import Tracker, has_unsent
 
 _KILL_FLUSH_S = 1.0  # a job is killed three seconds after it was told to stop
@@ -38,12 +39,14 @@ class RunSession:
 
     Attributes:
         began: whether work began: an error before that ends with exit code 2, one after it with 1.
+        skipped: the journal for whoever decodes: bad rows are told there once.
     """
 
     def __init__(self, run: Run, dataset: Mapping[str, Any], with_teacher: bool) -> None:
         self.run = run
         self.began = False
         self.journal = Journal(run.dir / "events.jsonl")
+        self.skipped = SkippedRows(run.dir, self.journal)
         self._offset = run.dir.joinpath("events.jsonl").stat().st_size if run.resumed and _has_events(run) else 0
         self._tracker = _open_tracker(run, dataset, required=run.config.tracking.required)
         self._view = LiveView(run.name, run.dir, with_teacher=with_teacher)
@@ -85,7 +88,9 @@ class RunSession:
         if self._killed:
             return
         # The result first: a run that is complete stays so, whatever happens while the tracker is waited for.
-        self.run.write_result("finished", metrics, extra)
+        self.run.write_result("finished", metrics, {**extra, "num_bad_rows": len(self.skipped)})
+        if len(self.skipped):
+            self.journal.emit(Event("artifact", {"path": str(self.skipped.path), "folder": "run"}))
         self.journal.emit(Event("status", {"status": "finished", "message": ""}))
         sent = _close(self._tracker)
         self._close_view()
@@ -114,11 +119,7 @@ class RunSession:
         self._close_view()
         print(f"go on with: {self.run.resume_command}\n{self.run.result_path}", flush=True)
         self._tracker.flush(_KILL_FLUSH_S)
-        # A Ray that this process started would outlive it in part; one that it joined has no process here.
-        for child in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
-        os._exit(code)
+        end_process(code)
 
     def _read(self) -> None:
         while not self._stopped.wait(_LOOK_S):
@@ -184,6 +185,15 @@ def _provenance_tags(run: Run) -> dict[str, str]:
         "teacher_fingerprint": facts.get("teacher"),
     }
     return {name: str(value) for name, value in tags.items() if value is not None}
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends this process at once, with those that it started."""
+    # A Ray that this process started would outlive it in part; one that it joined has no process here.
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    os._exit(code)
 
 
 def run_interruptibly(work: Callable[[], None], on_signal: Callable[[int], None]) -> None:

@@ -7,15 +7,17 @@ from typing import Any
 
 from pipeline.config.load import load_config
 from pipeline.config.request import Request
+from pipeline.config.results import write_json
 from pipeline.config.runs import Run, open_run
-from pipeline.contracts.events import Event
+from pipeline.contracts.events import Event, read_events
 from pipeline.data import DataSource
 from pipeline.errors import PipelineError, RunError
 from pipeline.models import Classifier, ModelCard, build_classifier, save_model
 from pipeline.report.tables import render_table
 from pipeline.stages.execution import Execution, open_execution, preflight_rows
 from pipeline.stages.session import RunSession, run_interruptibly, send_rest
-from pipeline.stages.work import Work, check_teacher, learns_from_teacher, prepare_work
+from pipeline.stages.skipped import SkippedRows
+from pipeline.stages.work import Work, check_labels, check_teacher, learns_from_teacher, prepare_work
 from pipeline.training import BestRecord, open_test
 
 
@@ -30,6 +32,7 @@ def run_training(request: Request, defaults: Sequence[str] = ()) -> int:
     """
     loaded = load_config(request, defaults)
     source = loaded.config.data.open()
+    check_labels(loaded.config, source)
     teacher = check_teacher(loaded.config, source) if learns_from_teacher(loaded.config, request.command) else None
     facts = {"data": source.fingerprint, "teacher": None if teacher is None else teacher.fingerprint}
     with open_run(request.command, loaded.config, provenance=lambda: facts, extends=loaded.extends) as run:
@@ -93,6 +96,7 @@ def _carry_out(work: Work, session: RunSession) -> None:
         metrics = dict(best.metrics)
         if work.config.evaluation.test:
             metrics |= evaluate_test(work, execution, session, best, "the kept checkpoint, once, at the end of its run")
+    _write_evaluations(work.run, best.step)
     extra = {
         "best_step": best.step,
         "best_epoch": best.epoch,
@@ -100,6 +104,15 @@ def _carry_out(work: Work, session: RunSession) -> None:
         "samples_per_s": session.samples_per_s,
     }
     session.finish(metrics, extra)
+
+
+def _write_evaluations(run: Run, step: int) -> None:
+    """Writes ``evaluation.json``: metrics and accuracies by class of the kept step, for each split."""
+    kept = {}
+    for event, _ in read_events(run.dir / "events.jsonl"):
+        if event.kind == "evaluation" and event.data["step"] == step:
+            kept[event.data["split"]] = {name: event.data[name] for name in ("step", "epoch", "metrics", "per_class")}
+    write_json(run.dir / "evaluation.json", kept)
 
 
 def keep_best(work: Work, best: BestRecord) -> Classifier:
@@ -151,6 +164,8 @@ def show_result(run: Run) -> None:
     result = run.read_result()
     values: dict[str, float] = result["metrics"]
     print(metrics_table(f"{run.name}: kept is step {result.get('best_step', '-')}", values))
+    if summary := SkippedRows(run.dir, None).summary():
+        print(summary)
     if (uri := run.config.tracking.uri or "").startswith("sqlite"):
         print(f"review it with: mlflow ui --backend-store-uri {uri}")
     print(run.result_path, flush=True)

@@ -11,7 +11,16 @@ from pipeline.config.runs import Run
 from pipeline.config.schema import Config
 from pipeline.contracts.columns import SplitName
 from pipeline.data import BlockPlanner, DataSource, SplitReader
-from pipeline.models import ModelParams, build_classifier, fingerprint_state, load_checkpoint
+from pipeline.errors import DataError
+from pipeline.losses import Objective
+from pipeline.models import (
+    ModelParams,
+    build_classifier,
+    describe_preprocessing,
+    fingerprint_state,
+    load_initial_weights,
+    load_teacher_weights,
+)
 from pipeline.training import RunPlan, RunSpec, make_plan, make_planner, open_training
 
 
@@ -83,17 +92,54 @@ def learns_from_teacher(config: Config, command: str) -> bool:
     return command != "train-teacher" and config.loss.needs_teacher
 
 
+def check_labels(config: Config, source: DataSource, *, training: bool = True) -> None:
+    """Refuses rows without label where labels are needed: in train by the loss, elsewhere by the metrics.
+
+    Args:
+        training: whether there is a run to be trained; otherwise only the metrics count.
+
+    Raises:
+        DataError: how many rows of which split have none, the first of them, who needs it, and what to do.
+    """
+    terms = Objective.from_params(config.loss).label_terms if training else ()
+    if terms:
+        _refuse_unlabelled(source, "train", f"loss term {' and '.join(map(repr, terms))} needs them", _advise(config))
+    carved = "validation" in source.carved and "train" in source.unlabelled
+    given = "give labelled files for it in data.files.validation" if carved else "label them"
+    origin = ", which is carved out of train" if carved else ""
+    _refuse_unlabelled(source, "validation", f"the metrics need them{origin}", given)
+    if config.evaluation.test:
+        _refuse_unlabelled(source, "test", "the metrics need them", "label them, or set evaluation.test=false")
+
+
+def _refuse_unlabelled(source: DataSource, split: SplitName, need: str, advice: str) -> None:
+    if split in source.unlabelled:
+        found = source.unlabelled[split]
+        raise DataError(
+            f"{found.num_rows:,} of {found.num_split_rows:,} rows of {split} have no label (the first: {found.first}), "
+            f"but {need}; {advice}."
+        )
+
+
+def _advise(config: Config) -> str:
+    """What to do about train rows without label."""
+    if "ce_weight" in type(config.loss).model_fields:
+        return "label them, or set loss.ce_weight=0 to learn from the teacher alone"
+    return "label them, or use a loss that learns from a teacher alone (loss=kd loss.ce_weight=0)"
+
+
 def check_teacher(config: Config, source: DataSource) -> CheckedTeacher:
     """Builds the teacher on this machine's CPU and loads its weights, so that what is wrong shows now.
 
     Raises:
-        CheckpointError, ModelError: see ``load_checkpoint`` and ``build_classifier``.
+        CheckpointError, ModelError: see ``load_teacher_weights`` and ``build_classifier``.
     """
     params = config.teacher
     classifier = build_classifier(params, source.spec)
-    load_checkpoint(classifier, params, role="teacher")
+    load_teacher_weights(classifier, params)
     fingerprint = fingerprint_state(classifier.network.state_dict())
-    parts = [fingerprint, params.architecture(), params.mean, params.std, _compute_dtype(config)]
+    preprocessing = describe_preprocessing(params, source.spec)
+    parts = [fingerprint, params.architecture(), preprocessing, _compute_dtype(config)]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
     return CheckedTeacher(fingerprint, key)
 
@@ -115,8 +161,7 @@ def prepare_work(run: Run, source: DataSource, teacher: CheckedTeacher | None) -
     config = run.config
     role, network = trained_network(config, run.command)
     classifier = build_classifier(network, source.spec)
-    if network.checkpoint is not None:
-        load_checkpoint(classifier, network, role=role)
+    load_initial_weights(classifier, network, role=role)
     reader = open_training(source)
     planner = make_planner(config.data, reader, config.train, config.run.seed)
     return Work(run, source, network, teacher, reader, planner, make_plan(planner, config.train))

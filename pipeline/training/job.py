@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypedDict
 
 import numpy as np
 import torch
 
-from pipeline.contracts.columns import INPUT, LABEL, SAMPLE_ID, InputSpec, SplitName
+from pipeline.contracts.columns import INPUT, LABEL, LABEL_WEIGHT, PARTNER_LABEL, SAMPLE_ID, InputSpec, SplitName
+from pipeline.contracts.events import Emitter
 from pipeline.data import (
     BlockPlanner,
     DataParams,
@@ -18,15 +20,17 @@ from pipeline.data import (
     Decoder,
     EpochOrder,
     SplitReader,
+    TableReader,
     decode_block,
     iterate_rows,
     read_blocks,
 )
+from pipeline.data.bad_rows import report_bad_rows
 from pipeline.data.logits import load_logits
 from pipeline.errors import ConfigError
 from pipeline.evaluation import EvaluationParams
 from pipeline.losses import LossParams, Objective
-from pipeline.models import ModelParams, Teacher, build_classifier, load_checkpoint, load_weights
+from pipeline.models import ModelParams, Teacher, build_classifier, load_initial_weights, load_weights
 from pipeline.training.context import Alone, Block
 from pipeline.training.loop import TrainJob
 from pipeline.training.params import TrainParams
@@ -60,7 +64,7 @@ def open_training(source: DataSource) -> SplitReader:
 
 def make_planner(data: DataParams, reader: SplitReader, train: TrainParams, seed: int) -> BlockPlanner:
     """The order of the run's blocks: a function of the configuration alone."""
-    order = EpochOrder(reader, seed, data.window_bytes)
+    order = EpochOrder(reader, seed, None if isinstance(reader, TableReader) else data.window_bytes)
     return BlockPlanner(order, reader.num_rows, train.batch_size, data.num_views)
 
 
@@ -71,16 +75,18 @@ def make_plan(planner: BlockPlanner, train: TrainParams) -> RunPlan:
     return RunPlan(train.batch_size, planner.blocks_per_epoch, train.blocks_per_step, train.epochs)
 
 
-def build_job(spec: RunSpec, source: DataSource) -> TrainJob:
-    """Network, objective and validation set of a run; the same weights on every worker."""
+def build_job(spec: RunSpec, source: DataSource, emitter: Emitter | None = None) -> TrainJob:
+    """Network, objective and validation set of a run; the same weights on every worker.
+
+    Args:
+        emitter: is told of validation rows that are left out, on every worker.
+    """
     torch.manual_seed(spec.seed)
     classifier = build_classifier(spec.network, source.spec)
-    if spec.network.checkpoint is not None:
-        load_checkpoint(classifier, spec.network, role="student")
+    load_initial_weights(classifier, spec.network, role="student")
     logits = None if spec.validation_logits is None else load_logits(Path(spec.validation_logits))
-    validation = EvaluationSet(
-        source.spec, source.decoder("validation"), source.split("validation"), "validation", spec.evaluation, logits
-    )
+    reader, decoder = source.split("validation"), source.decoder("validation")
+    validation = EvaluationSet(source.spec, decoder, reader, "validation", spec.evaluation, logits, emitter)
     return TrainJob(classifier, Objective.from_params(spec.loss), spec.train, spec.plan, validation, spec.seed)
 
 
@@ -94,6 +100,7 @@ class EvaluationSpec:
         logits: file with the teacher's logits on the split; none without a teacher.
         precision: of the forward pass, as in training.
         device: none: the GPU of the process, if it has one.
+        emitter: is told of rows that are left out.
     """
 
     network: ModelParams
@@ -106,6 +113,7 @@ class EvaluationSpec:
     logits: str | None
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str | None = None
+    emitter: Emitter | None = None
 
 
 def evaluate_weights(job: EvaluationSpec) -> Evaluation:
@@ -114,12 +122,15 @@ def evaluate_weights(job: EvaluationSpec) -> Evaluation:
     classifier = build_classifier(job.network, job.spec)
     load_weights(classifier.network, Path(job.weights))
     logits = None if job.logits is None else load_logits(Path(job.logits))
-    rows = EvaluationSet(job.spec, job.decoder, job.reader, job.split, job.evaluation, logits)
+    rows = EvaluationSet(job.spec, job.decoder, job.reader, job.split, job.evaluation, logits, job.emitter)
     return rows.evaluate(classifier.to(device), Alone(device), autocast=job.precision == "bf16")
 
 
 def compute_logits(teacher: Teacher, decoder: Decoder, reader: SplitReader, batch_size: int) -> np.ndarray:
-    """The teacher's logits on every row of a split: (rows, num_classes) float32 in order of sample id."""
+    """The teacher's logits on every row of a split: (rows, num_classes) float32 in order of sample id.
+
+    Those of a row that is left out stand in their place and mean nothing.
+    """
     return np.concatenate([teacher(rows[INPUT]) for rows in iterate_rows(decoder, reader, 0, 1, batch_size)])
 
 
@@ -129,6 +140,7 @@ class InProcessSource:
     Args:
         teacher: adds logits; none where the loss needs none.
         stop: end of the run in blocks.
+        emitter: is told of rows that are skipped.
     """
 
     def __init__(
@@ -140,17 +152,29 @@ class InProcessSource:
         seed: int,
         stop: int,
         teacher: Teacher | None = None,
+        emitter: Emitter | None = None,
     ) -> None:
         self._decoder = source.decoder("train")
         self._reader, self._planner, self._data = reader, planner, data
         self._seed, self._stop, self._teacher = seed, stop, teacher
+        self._on_bad = partial(report_bad_rows, emitter, "train")
 
     def blocks(self, start: int) -> Iterator[Block]:
         """Blocks ``start`` to the end; see ``BatchSource``."""
+        augment, seed = self._data.augment, self._seed
         for plan in self._planner.blocks(start, self._stop):
-            rows = decode_block(read_blocks(self._reader, [plan]), self._decoder, self._data.augment, self._seed)
+            table = read_blocks(self._reader, [plan], augment, seed)
+            rows = decode_block(table, self._decoder, augment, seed, self._on_bad)
             logits = None if self._teacher is None else self._teacher(rows[INPUT])
-            yield Block(plan.position, rows[INPUT], rows[LABEL], rows[SAMPLE_ID], logits)
+            yield Block(
+                position=plan.position,
+                inputs=rows[INPUT],
+                labels=rows[LABEL],
+                sample_ids=rows[SAMPLE_ID],
+                teacher_logits=logits,
+                partner_labels=rows.get(PARTNER_LABEL),
+                label_weights=rows.get(LABEL_WEIGHT),
+            )
 
 
 class TeacherArguments(TypedDict):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from pipeline.contracts.checkpoints import write_cursor
 from pipeline.errors import CheckpointError
 from pipeline.models import Classifier
+from pipeline.models.classifier import describe_error
 
 STATE_FILE = "state.pt"
 
@@ -57,21 +62,24 @@ class TrainState:
         return {name: value.detach().cpu().clone() for name, value in classifier.network.state_dict().items()}
 
     def save(self, folder: Path) -> None:
-        """Writes the state into an empty folder; whoever commits the folder makes it atomic."""
+        """Writes the state into an empty folder; whoever commits the folder makes it atomic.
+
+        Raises:
+            CheckpointError: the disk is full, or the folder cannot be written for another reason.
+        """
         best = None if self.best is None else vars(self.best)
-        torch.save(
-            {
-                "step": self.step,
-                "blocks_per_step": self.blocks_per_step,
-                "network": self.classifier.network.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "ema": None if self.ema is None else self.ema.state_dict(),
-                "best": best,
-                "last_metrics": self.last_metrics,
-            },
-            folder / STATE_FILE,
-        )
-        write_cursor(folder, self.step, self.blocks_per_step)
+        values = {
+            "step": self.step,
+            "blocks_per_step": self.blocks_per_step,
+            "network": self.classifier.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "best": best,
+            "last_metrics": self.last_metrics,
+        }
+        with explain_writing(folder):
+            torch.save(values, folder / STATE_FILE)
+            write_cursor(folder, self.step, self.blocks_per_step)
 
     def load(self, folder: Path) -> None:
         """Restores what ``save`` wrote.
@@ -87,7 +95,7 @@ class TrainState:
                 self.ema.load_state_dict(saved["ema"])
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise CheckpointError(
-                f"the checkpoint in {folder} does not fit this run's network and optimizer ({error}); "
+                f"the checkpoint in {folder} does not fit this run's network and optimizer ({describe_error(error)}); "
                 "resume with the configuration it was made with, or start a new run"
             ) from error
         if saved["blocks_per_step"] != self.blocks_per_step:
@@ -98,6 +106,28 @@ class TrainState:
         self.step = saved["step"]
         self.best = None if saved["best"] is None else BestRecord(**saved["best"])
         self.last_metrics = saved["last_metrics"]
+
+
+@contextmanager
+def explain_writing(folder: Path) -> Iterator[None]:
+    """Turns what the disk refuses while a checkpoint is written to ``folder`` into a sentence.
+
+    Raises:
+        CheckpointError: instead of OSError, and of the RuntimeError that torch makes of one.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, OSError):
+            reason = os.strerror(error.errno) if error.errno else describe_error(error)
+        elif "inline_container" in str(error):  # torch's writer, which does not say why
+            reason = "it is written in part"
+        else:
+            raise
+        raise CheckpointError(
+            f"a checkpoint cannot be written to {folder} ({reason}), perhaps because the disk is full; make room, then "
+            "resume the run: what it saved before is whole"
+        ) from error
 
 
 def build_ema(classifier: Classifier, decay: float | None) -> AveragedModel | None:
@@ -111,9 +141,12 @@ def read_state(folder: Path) -> dict[str, Any]:
     """The raw content of a checkpoint folder, on the CPU."""
     try:
         saved: dict[str, Any] = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-    except Exception as error:
+    except Exception as error:  # a damaged file surfaces as any of a dozen types
+        # Torch's own text for the first of them is advice to run what the file holds.
+        damaged = isinstance(error, pickle.UnpicklingError)
+        reason = "not a whole file of torch.save" if damaged else describe_error(error)
         raise CheckpointError(
-            f"the checkpoint in {folder} cannot be read ({type(error).__name__}: {error}); "
+            f"the checkpoint in {folder} cannot be read ({reason}); "
             "delete the folder to begin again from the previous state of the run"
         ) from error
     return saved

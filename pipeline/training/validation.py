@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,7 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.contracts.columns import INPUT, LABEL, InputSpec, SplitName
+from pipeline.contracts.events import Emitter
 from pipeline.data import DataSource, Decoder, SplitReader, iterate_rows
+from pipeline.data.bad_rows import report_bad_rows
+from pipeline.data.decode import BAD
 from pipeline.errors import CheckpointError
 from pipeline.evaluation import EvaluationParams, Tally
 from pipeline.training.prefetch import host_tensor
@@ -57,7 +61,8 @@ class Evaluation:
 class EvaluationSet:
     """Rows of one split for one worker: rank, rank + world_size, ... decoded, not augmented.
 
-    Decoded rows are kept when they are small, so that later passes cost no decoding.
+    Decoded rows are kept when they are small, so that later passes cost no decoding. Rows that cannot be used are
+    left out, where the decoder skips them.
 
     Args:
         spec: what the network is given, and the classes.
@@ -65,6 +70,7 @@ class EvaluationSet:
         reader: of the split; test only by ``open_test``.
         params: batch size of a pass.
         teacher_logits: (rows of the split, num_classes) in order of sample id, where known.
+        emitter: is told of the rows that are left out.
     """
 
     MAX_KEPT_BYTES = 2**29
@@ -77,11 +83,13 @@ class EvaluationSet:
         split: SplitName,
         params: EvaluationParams,
         teacher_logits: np.ndarray | None = None,
+        emitter: Emitter | None = None,
     ) -> None:
         self._spec, self._decoder, self._reader = spec, decoder, reader
         self.split = split
         self._batch_size = params.batch_size
         self._teacher_logits = teacher_logits
+        self._on_bad = partial(report_bad_rows, emitter, split)
         self._kept: list[dict[str, Any]] | None = None
         if teacher_logits is not None and len(teacher_logits) != reader.num_rows:
             raise CheckpointError(
@@ -99,12 +107,15 @@ class EvaluationSet:
         start = worker.rank
         with torch.inference_mode(), torch.autocast(worker.device.type, dtype=torch.bfloat16, enabled=autocast):
             for rows in self._batches(worker.rank, worker.world_size):
-                labels = host_tensor(rows[LABEL]).to(worker.device)
-                logits = network(host_tensor(rows[INPUT]).to(worker.device))
+                bad = rows[BAD]
+                good = np.flatnonzero(~bad) if bad.any() else slice(None)  # picking rows copies them
+                labels = host_tensor(rows[LABEL][good]).to(worker.device)
+                logits = network(host_tensor(rows[INPUT][good]).to(worker.device))
                 teacher = None
                 if self._teacher_logits is not None:
-                    stop = start + len(labels) * worker.world_size
-                    teacher = host_tensor(self._teacher_logits[start : stop : worker.world_size]).to(worker.device)
+                    stop = start + len(bad) * worker.world_size
+                    shown = self._teacher_logits[start : stop : worker.world_size]
+                    teacher = host_tensor(shown[good]).to(worker.device)
                     start = stop
                 tally.update(logits, labels, teacher)
         network.train(was_training)
@@ -121,7 +132,8 @@ class EvaluationSet:
             return
         kept: list[dict[str, Any]] | None = []
         size = 0
-        for rows in iterate_rows(self._decoder, self._reader, rank, world_size, self._batch_size):
+        batch_size, on_bad = self._batch_size, self._on_bad
+        for rows in iterate_rows(self._decoder, self._reader, rank, world_size, batch_size, on_bad):
             size += rows[INPUT].nbytes
             if size > self.MAX_KEPT_BYTES:
                 kept = None

@@ -114,9 +114,10 @@ def make_stream(
 ) -> Stream:
     """The stream over the rows of ``reader``; ``options`` are ``StreamPlan``'s."""
     planner = BlockPlanner(EpochOrder(reader, SEED), reader.num_rows, batch_size, num_views)
-    blocks = share(TrainingBlocks(reader, planner))
+    augment = augment or AugmentParams()
+    blocks = share(TrainingBlocks(reader, planner, augment, SEED))
     values: dict[str, Any] = {"pool": None, "no_progress_timeout_s": 120.0, **options}
-    plan = StreamPlan(blocks, batch_size, block_bytes, decoder, augment or AugmentParams(), SEED, **values)
+    plan = StreamPlan(blocks, batch_size, block_bytes, decoder, augment, SEED, **values)
     return Stream(plan, planner)
 
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import ray
 import torch
 
 from pipeline.cluster import stream as stream_module
+from pipeline.cluster.journal import EventQueue, QueueEmitter
 from pipeline.cluster.stream import PoolPlan, build_stream, chain_streams
 from pipeline.config.schema import teacher_classes
-from pipeline.data import AugmentParams, Decoder
+from pipeline.contracts.columns import SplitName
+from pipeline.data import AugmentParams, Decoder, TableReader
+from pipeline.data.decode import BAD
 from pipeline.data.digits import DigitsParams
 from pipeline.models import Teacher, build_classifier
 from pipeline.models.mlp import MLPParams
@@ -112,24 +118,58 @@ def test_large_blocks_come_as_predicted(num_workers: int) -> None:
 # --- teacher ----------------------------------------------------------------------------------------------------
 
 
+class Damaged:
+    """The digits with every 50th row of train bad, for a run that skips these and mixes images."""
+
+    BAD_IDS = READER.sample_ids[::50]
+    spec = SOURCE.spec
+    data = DIGITS.model_copy(update={"augment": AugmentParams(crop_padding=1, flip=True, mixup=0.4, cutmix=1.0)})
+    reader = TableReader(
+        READER.table.append_column(BAD, pa.array(np.isin(READER.sample_ids, BAD_IDS))), READER.rows, READER.groups
+    )
+
+    def decoder(self, name: SplitName) -> Decoder:
+        return replace(SOURCE.decoder(name), skip_bad=True)
+
+
 def test_pool_gives_the_logits_of_the_teacher_in_process(tmp_path: Path) -> None:
+    """With rows that are skipped, and with mixed images."""
+    damaged: Any = Damaged()
     torch.manual_seed(0)
     network = build_classifier(MLPParams(hidden=(32,)), SOURCE.spec).network
     torch.save(network.state_dict(), tmp_path / "teacher.pt")
     params: Any = teacher_classes()["mlp"].model_validate({"hidden": (32,), "checkpoint": str(tmp_path / "teacher.pt")})
     arguments = teacher_arguments(params, SOURCE, BATCH_SIZE)
     options = {"num_cpus": 1, "resources": {FAKE_ACCELERATOR: 1}, "max_restarts": -1, "max_task_retries": 3}
-    stream = digits_stream(pool=PoolPlan(pickle.dumps(arguments), 2, 2, options, 1))
-
+    queue: Any = ray.remote(num_cpus=0)(EventQueue).remote()
+    stream = make_stream(
+        damaged.reader,
+        damaged.decoder("train"),
+        BATCH_SIZE,
+        BATCH_SIZE * 100,
+        damaged.data.augment,
+        damaged.data.num_views,
+        pool=PoolPlan(pickle.dumps(arguments), 2, 2, options, 1),
+        emitter=QueueEmitter(queue),
+    )
     taken = consume([build_stream(stream.plan, 3, 35)], 2, copy_block, with_teacher=True)
-    assert_predicted(taken, stream, 3, 35)
-    iterator = InProcessSource(SOURCE, READER, stream.planner, DIGITS, SEED, 35, Teacher(**arguments))
+    iterator = InProcessSource(damaged, damaged.reader, stream.planner, damaged.data, SEED, 35, Teacher(**arguments))
+    skipped: set[int] = set()
     for expected in iterator.blocks(3):
         block = taken[(expected.position - 3) % 2][(expected.position - 3) // 2]
         assert expected.teacher_logits is not None
         assert block["teacher_logits"].dtype == expected.teacher_logits.dtype == np.float32
-        np.testing.assert_array_equal(block["teacher_logits"], expected.teacher_logits)
-        np.testing.assert_array_equal(block["inputs"], expected.inputs)
+        for name in ("teacher_logits", "inputs", "labels", "sample_ids", "partner_labels", "label_weights"):
+            np.testing.assert_array_equal(block[name], getattr(expected, name))
+        planned = stream.planner.block(expected.position).sample_ids
+        bad = np.isin(planned, damaged.BAD_IDS)
+        np.testing.assert_array_equal(block["sample_ids"][~bad], planned[~bad])
+        assert not np.isin(block["sample_ids"], damaged.BAD_IDS).any()
+        skipped |= set(planned[bad].tolist())
+    assert skipped
+    told = {int(number) for event in ray.get(queue.drain.remote()) for number in event.data.get("bad_rows", ())}
+    assert skipped <= told <= set(damaged.BAD_IDS.tolist())  # a partner may be bad as well
+    ray.kill(queue)
 
 
 # --- segments and cursor ----------------------------------------------------------------------------------------

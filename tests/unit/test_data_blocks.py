@@ -59,7 +59,7 @@ def test_a_block_is_the_same_alone_and_among_others(source: DataSource) -> None:
     assert together.schema.field(BLOCK).type == pa.int64()
     for number, plan in enumerate(planner.blocks(start, stop)):
         alone = decode_block(read_blocks(reader, [plan]), decoder, AUGMENT, 9)
-        part = decode_block(together.slice(number * 8, 8), source, AUGMENT, 9)
+        part = decode_block(together.slice(number * 8, 8), decoder, AUGMENT, 9)
         assert alone.keys() == part.keys() == {SAMPLE_ID, VIEW, BLOCK, INPUT, LABEL}
         for name in alone:
             np.testing.assert_array_equal(alone[name], part[name])
@@ -71,7 +71,7 @@ def test_a_block_is_the_same_alone_and_among_others(source: DataSource) -> None:
 def test_blocks_hold_the_rows_of_the_source(source: DataSource) -> None:
     train = source.load("train")
     plan = plan_blocks(source.split("train")).block(1)
-    block = decode_block(read_blocks(source.split("train"), [plan]), source, AUGMENT, 9)
+    block = decode_block(read_blocks(source.split("train"), [plan]), source.decoder("train"), AUGMENT, 9)
     raw = train.read(plan.sample_ids)
     np.testing.assert_array_equal(block[LABEL], raw[LABEL].to_numpy())
     expected = augment(source.decode(raw), plan.sample_ids, plan.view, 9, AUGMENT)
@@ -91,7 +91,7 @@ def test_a_sample_looks_the_same_wherever_it_comes(source: DataSource) -> None:
     planner = plan_blocks(reader, num_views=1)
     seen: dict[int, np.ndarray] = {}
     for plan in planner.blocks(0, 2 * planner.blocks_per_epoch):
-        block = decode_block(read_blocks(reader, [plan]), source, AUGMENT, 9)
+        block = decode_block(read_blocks(reader, [plan]), source.decoder("train"), AUGMENT, 9)
         for sample_id, pixels in zip(block[SAMPLE_ID].tolist(), block[INPUT], strict=True):
             np.testing.assert_array_equal(seen.setdefault(sample_id, pixels), pixels)
 
@@ -100,7 +100,7 @@ def test_merged_blocks_are_refused(source: DataSource) -> None:
     reader = source.split("train")
     table = read_blocks(reader, plan_blocks(reader).blocks(1, 3))
     with pytest.raises(StreamError, match="8 rows of blocks 1 to 2 arrived as one block"):
-        decode_block(table.slice(4, 8), source, AUGMENT, 0)
+        decode_block(table.slice(4, 8), source.decoder("train"), AUGMENT, 0)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -120,7 +120,7 @@ def test_ranks_share_evaluation_rows_without_overlap(source: DataSource, world_s
 
 def test_more_ranks_than_rows_gives_empty_shares(source: DataSource) -> None:
     reader = source.split("validation")
-    assert list(iterate_rows(source, reader, reader.num_rows, reader.num_rows + 1, 4)) == []
+    assert list(iterate_rows(source.decoder("validation"), reader, reader.num_rows, reader.num_rows + 1, 4)) == []
 
 
 def test_decoders_pickle_small(source: DataSource) -> None:

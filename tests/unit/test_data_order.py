@@ -122,10 +122,14 @@ def test_groups_without_rows_of_the_split_are_passed_over(tmp_path: Path) -> Non
 
 
 def test_orders_are_golden(grouped: ParquetReader) -> None:
-    # Part of the contract: a change here makes resumed runs see other samples.
+    """Part of the contract: a change here makes resumed runs see other samples.
+
+    The last ones come from the keys alone: groups by ``permutation(9, (GROUP_KEY, 0, 1))``, three to a window, then the
+    ids of window w, ascending, by ``permutation(n, (ORDER_KEY, 0, 1, w))``.
+    """
     assert EpochOrder(table_reader(10), 0).ids(0, 0, 10).tolist() == [9, 2, 4, 7, 5, 0, 8, 6, 3, 1]
     assert EpochOrder(table_reader(10), 7).ids(2, 0, 10).tolist() == [5, 1, 4, 8, 6, 7, 3, 0, 9, 2]
-    assert window_order(grouped).ids(1, 18, 30).tolist() == [79, 78, 76, 39, 73, 38, 36, 31, 44, 9, 46, 51]
+    assert window_order(grouped).ids(1, 18, 30).tolist() == [83, 37, 21, 52, 17, 13, 14, 54, 27, 53, 50, 26]
 
 
 def test_orders_pickle_small(grouped: ParquetReader) -> None:
@@ -136,9 +140,12 @@ def test_orders_pickle_small(grouped: ParquetReader) -> None:
         np.testing.assert_array_equal(pickle.loads(content).ids(4, 5, 20), before)
 
 
-def test_row_groups_need_a_window(grouped: ParquetReader) -> None:
-    with pytest.raises(ValueError, match="window_bytes"):
-        EpochOrder(grouped, 0)
+def test_one_window_over_everything_is_the_order_in_memory(grouped: ParquetReader) -> None:
+    in_memory = EpochOrder(TableReader(grouped.read(grouped.sample_ids), grouped.rows, grouped.groups), 3)
+    for order in (window_order(grouped, seed=3, num_groups=9), EpochOrder(grouped, 3)):
+        for epoch in range(3):
+            np.testing.assert_array_equal(order.ids(epoch, 0, 59), in_memory.ids(epoch, 0, 59))
+    assert not np.array_equal(window_order(grouped, seed=3).ids(0, 0, 59), in_memory.ids(0, 0, 59))
 
 
 def test_blocks_follow_each_other_without_padding() -> None:

@@ -108,11 +108,6 @@ def text_labels(path: Path) -> dict[str, Any]:
     return {}
 
 
-def null_label(path: Path) -> dict[str, Any]:
-    write_png(path / "train.parquet", labels=pa.array([0, 1, None] + [2] * 17))
-    return {}
-
-
 def negative_label(path: Path) -> dict[str, Any]:
     write_png(path / "train.parquet", labels=np.where(np.arange(20) == 7, -1, LABELS))
     return {}
@@ -204,14 +199,13 @@ def deep_image(path: Path) -> dict[str, Any]:
         (no_label_column, r"has no column 'label' \(data\.label_column\), only image, target; set data\.label_column"),
         (text_column, r"column 'image' has type string, expected encoded images .* data\.image_column"),
         (text_labels, r"label column 'label' has type string, expected integers .* data\.label_column"),
-        (null_label, r"train\.parquet: row 2 has no label \(null\)"),
         (negative_label, r"train\.parquet: row 7 \(sample 7\) has label -1, expected 0 to 2"),
         (label_out_of_range, r"test-1\.parquet: row 1 \(sample 5\) has label 3, expected 0 to 2; .* data\.num_classes"),
         (other_class_count, r"names 3 classes in its metadata, but data\.num_classes=10"),
         (one_class, r"train has one class only, expected two or more"),
         (empty_split, r"test\.parquet: the files of split 'test' hold no rows"),
         (too_few_rows, r"hold 2 rows, too few to carve 1 for validation and 1 for test"),
-        (mixed_types, r"train-1\.parquet: column 'image' has type list.*, expected binary as in the first train file"),
+        (mixed_types, r"train-1\.parquet: column 'image' has type list.*, expected binary as in the first file"),
         (flat_without_size, r"flat lists of 90 uint8 values; .* data\.image_size=\[32,32\]"),
         (flat_with_wrong_size, r"holds 90 values a row, which is no multiple of data\.image_size 4 x 7 = 28"),
         (channels_first, r"pixels of shape \(3, 6, 5\), expected .* store the channels last"),
