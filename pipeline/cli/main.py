@@ -94,6 +94,25 @@ examples:
 """,
     ),
     Command(
+        "predict",
+        "predict the classes of your own rows with the network that a run kept",
+        "pipeline.stages.predict:predict",
+        """\
+usual keys: run=RUN (a run folder, or its name under runs/), out=FILE.parquet, data=..., data.path (without any data
+  key: the test split of the run's own data), data.on_bad_row=skip (a row that cannot be decoded gets no prediction),
+  evaluation.batch_size (rows of a forward pass), cluster=inprocess (no Ray)
+on Ray the network, teacher or student, runs in a pool of actors: teacher.pool.min and teacher.pool.max say how many,
+  teacher.pool.num_cpus, num_gpus, accelerator_type and resources what each holds
+the file has, in the order of the rows: sample_id, file and row (where the data has files), label, class_name,
+  probability, probabilities (of every class)
+
+examples:
+  python -m pipeline predict run=runs/student out=predictions.parquet data=parquet data.path=/data/new.parquet
+  python -m pipeline predict run=runs/student out=test.parquet cluster=inprocess
+  python -m pipeline predict run=runs/teacher out=labels.parquet data=parquet data.path=/data/new teacher.pool.max=4
+""",
+    ),
+    Command(
         "doctor",
         "check this machine: versions, folders, Ray, accelerators, tracking server",
         "pipeline.stages.doctor:doctor",

@@ -66,11 +66,28 @@ def load_config(request: Request, defaults: Sequence[str] = (), runs_root: Path 
     return LoadedConfig(build_config(raw, request.command), extends)
 
 
-def take_run(overrides: Sequence[str], key: str) -> tuple[str | None, list[str]]:
+def load_stored(run: StoredRun, overrides: Sequence[str], conf_dirs: Sequence[Path] = ()) -> Config:
+    """The configuration of a run with what the overrides name in its place, for a command that trains nothing.
+
+    Rules of training are not checked: a network that GPUs trained together may well predict on one CPU.
+
+    Raises:
+        ConfigError: see ``compose`` and ``build_config``.
+    """
+    raw = _overlay(run.raw, compose(overrides, conf_dirs), parse_overrides(overrides, conf_dirs))
+    return build_config(raw, None)
+
+
+def take_run(
+    overrides: Sequence[str], key: str, expected: str = "a run folder or a name under runs/"
+) -> tuple[str | None, list[str]]:
     """Separates ``key=RUN`` (``resume``, or ``run`` of evaluate) from the overrides of the configuration.
 
+    Args:
+        expected: what the value is, for messages, where it is no run (``out`` of predict).
+
     Returns:
-        RUN, none if it is not given, and the other overrides.
+        The value, none if it is not given, and the other overrides.
 
     Raises:
         ConfigError: given more than once, or without a value.
@@ -79,7 +96,7 @@ def take_run(overrides: Sequence[str], key: str) -> tuple[str | None, list[str]]
     if len(given) > 1:
         raise ConfigError(f"{key} is given {len(given)} times ({', '.join(given)}); give it once")
     if given and not given[0]:
-        raise ConfigError(f"{key}=: expected a run folder or a name under runs/, got nothing")
+        raise ConfigError(f"{key}=: expected {expected}, got nothing")
     return (given[0] if given else None), [text for text in overrides if not text.startswith(f"{key}=")]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from pipeline.config.schema import Config
 
@@ -29,8 +28,10 @@ class Problem:
         return f"{self.path}: {self.text}"
 
 
-def check_rules(config: Config, command: str) -> list[Problem]:
-    """Everything in a valid configuration that cannot work together under ``command``."""
+def check_rules(config: Config, command: str | None) -> list[Problem]:
+    """Everything in a valid configuration that cannot work together under ``command``; nothing without one."""
+    if command is None:
+        return []
     return [problem for rule in _RULES for problem in rule(config, command)]
 
 
@@ -41,7 +42,7 @@ def _teacher_is_given(config: Config, command: str) -> Iterator[Problem]:
         yield Problem(
             "loss", f"{config.loss.name} learns from a teacher, but train-teacher makes one; use loss=cross_entropy"
         )
-    if command in _LEARNS_FROM_TEACHER and config.teacher.checkpoint is None:
+    if command in _LEARNS_FROM_TEACHER and not config.teacher.has_weights:
         yield Problem(
             "teacher.checkpoint",
             f"not set, but loss={config.loss.name} learns from a teacher; train one with `python -m pipeline "
@@ -101,18 +102,31 @@ def _synchronised_batchnorm(config: Config, command: str) -> Iterator[Problem]:
 
 
 def _no_password(config: Config, command: str) -> Iterator[Problem]:
-    uri = config.tracking.uri
-    try:
-        password = urlsplit(uri).password if uri else None
-    except ValueError:
-        yield Problem("tracking.uri", "expected an address such as http://host:5000 or sqlite:///mlflow.db")
-        return
-    if password:  # it would be stored in the run folder and shown in the tracker
-        yield Problem(
+    """It would be stored in the run folder and shown in the tracker."""
+    from pipeline.data.storage import holds_secret
+
+    for path, address, example, variables in (
+        (
             "tracking.uri",
-            "holds a password, which would be stored with the run; give it in the environment "
-            "(MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN)",
-        )
+            config.tracking.uri,
+            "http://host:5000 or sqlite:///mlflow.db",
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
+        ),
+        (
+            "data.path",
+            getattr(config.data, "path", None),
+            "s3://bucket/folder",
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        ),
+    ):
+        try:
+            if address is not None and holds_secret(address):
+                yield Problem(
+                    path,
+                    f"holds a password, which would be stored with the run; give it in the environment ({variables})",
+                )
+        except ValueError:
+            yield Problem(path, f"expected an address such as {example}")
 
 
 _RULES: tuple[Callable[[Config, str], Iterator[Problem]], ...] = (

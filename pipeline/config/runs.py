@@ -21,6 +21,7 @@ from pipeline.config.provenance import collect_provenance
 from pipeline.config.results import read_run_id, write_json, write_result
 from pipeline.config.schema import Config
 from pipeline.config.stored import (
+    FORMAT_VERSION,
     RunStatus,
     StoredRun,
     hash_config,
@@ -171,9 +172,9 @@ def open_run(
     """
     name = config.run.name or default_run_name(config, command)
     named = Path(config.run.dir).expanduser() if config.run.dir else None
-    _refuse_vanishing("run.dir", named or runs_root)
+    refuse_vanishing("run.dir", named or runs_root)
     folder = _make_folder(named, runs_root, name)
-    _refuse_vanishing("run.dir", folder)
+    refuse_vanishing("run.dir", folder)
     lock = _lock(folder)
     try:
         stored = _read_stored(folder)
@@ -190,8 +191,12 @@ def open_run(
             write_json(folder / "status.json", read_json(folder / "status.json") | {"status": "new"})
         return Run(folder, stored.name, command, resolved, lock, resumed=not finished, finished=finished)
     except BaseException:
-        if named is None and not (folder / "run.json").exists():
-            shutil.rmtree(folder, ignore_errors=True)  # made a moment ago, and no run yet
+        if not (folder / "run.json").exists():  # made or locked a moment ago, and no run yet
+            (folder / ".lock").unlink(missing_ok=True)
+            if named is None:
+                shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it is gone, or something else is in it
+                folder.rmdir()
         lock.close()
         raise
 
@@ -330,7 +335,7 @@ def _write_config(folder: Path, name: str, command: str, config: Config, created
     head = f"# python -m pipeline {command} resume={folder}\n"
     write_text(folder / "config.yaml", head + yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
     run = {"name": name, "command": command, "config_hash": hash_config(config), "created": created}
-    write_json(folder / "run.json", run)
+    write_json(folder / "run.json", run | {"version": FORMAT_VERSION})
 
 
 # --- paths --------------------------------------------------------------------------------------------------------
@@ -360,15 +365,20 @@ def _tracking_uri(uri: str | None, folder: Path) -> str:
     elif uri.startswith(scheme):
         uri = f"{scheme}{os.path.abspath(os.path.expanduser(uri.removeprefix(scheme)))}"
     if uri.startswith(scheme):
-        _refuse_vanishing("tracking.uri", Path(uri.removeprefix(scheme)))
+        refuse_vanishing("tracking.uri", Path(uri.removeprefix(scheme)))
     return uri
 
 
-def _refuse_vanishing(key: str, path: Path) -> None:
-    """A Ray job runs in an unpacked copy that the cluster deletes after the job."""
+def refuse_vanishing(key: str, path: Path) -> None:
+    """A Ray job runs in an unpacked copy that the cluster deletes after the job.
+
+    Raises:
+        RunError: ``path``, given as ``key``, lies in it.
+    """
     if "working_dir_files" not in path.resolve().parts:
         return
-    example = "/shared/runs/<name>" if key == "run.dir" else "http://<server>:5000"
+    examples = {"run.dir": "/shared/runs/<name>", "out": "/shared/predictions.parquet"}
+    example = examples.get(key, "http://<server>:5000")
     raise RunError(
         f"{key}: {path.resolve()} lies in the job's unpacked working folder and would vanish with the job; "
         f"give {key}={example}, on storage that outlives it"

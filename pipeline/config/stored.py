@@ -17,6 +17,9 @@ from pipeline.errors import RunError
 
 RunStatus = Literal["new", "running", "finished", "failed", "killed"]
 
+# Of what run folders hold; to be raised when older code could no longer read it, or would read it wrongly.
+FORMAT_VERSION = 1
+
 # Where a run happens and what it is called; the rest is what it computes.
 _NOT_IDENTITY = ("run.dir", "run.name", "cluster", "tracking", "teacher.pool")
 
@@ -60,10 +63,16 @@ def read_run(folder: Path) -> StoredRun:
     """Reads a run folder.
 
     Raises:
-        RunError: a file of it is missing or damaged.
+        RunError: a file of it is missing or damaged, or a newer version of this package made it.
     """
     folder = folder.resolve()
     run = read_json(folder / "run.json")
+    version = run.get("version", 1)  # the first versions did not write it
+    if version > FORMAT_VERSION:
+        raise RunError(
+            f"{folder}: made by a newer version of this package (its files have version {version}, expected at most "
+            f"{FORMAT_VERSION}); update the package, or start a new run"
+        )
     try:
         raw = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:

@@ -44,8 +44,11 @@ _EXPECTED = {
 }
 
 
-def build_config(raw: Mapping[str, Any], command: str) -> Config:
+def build_config(raw: Mapping[str, Any], command: str | None) -> Config:
     """Validates plain values and checks the rules over several fields.
+
+    Args:
+        command: whose rules; none: only the fields themselves are checked.
 
     Raises:
         ConfigError: lists every problem with its path, what was expected and what was given.
@@ -72,7 +75,7 @@ def _config_error(problems: list[Problem]) -> ConfigError:
     return ConfigError("\n  - ".join([f"{len(lines)} problems in the configuration:", *lines]), problems=lines)
 
 
-def _check_remaining(raw: Mapping[str, Any], command: str, bad: Sequence[Problem]) -> list[Problem]:
+def _check_remaining(raw: Mapping[str, Any], command: str | None, bad: Sequence[Problem]) -> list[Problem]:
     """Problems of the rules, as far as what is left without the bad values can be validated."""
     try:
         config = config_from_dict(_without(raw, bad))

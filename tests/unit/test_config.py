@@ -24,9 +24,13 @@ TEACHER = "teacher.checkpoint=teacher.safetensors"
 CONF_FILES = sorted(str(path.relative_to(ROOT / "conf")) for path in (ROOT / "conf").rglob("*.yaml"))
 # What a file leaves to the user.
 REQUIRED = {
+    "data/image_folder.yaml": ["data.path=data"],
     "data/parquet.yaml": ["data.path=data"],
+    "data/torchvision.yaml": ["data.dataset=CIFAR100"],
     "student/custom.yaml": ["student.factory=mine:build"],
+    "student/timm.yaml": ["student.arch=resnet18"],
     "teacher/custom.yaml": ["teacher.factory=mine:build"],
+    "teacher/timm.yaml": ["teacher.arch=resnet18"],
     "student/torchvision.yaml": ["student.arch=resnet18"],
     "teacher/torchvision.yaml": ["teacher.arch=resnet18"],
 }
@@ -276,6 +280,22 @@ def test_a_password_is_refused_and_not_repeated() -> None:
     (problem,) = problems_of("tracking.uri=http://me:hunter2@host:5000")
     assert "holds a password" in problem
     assert "hunter2" not in problem
+
+
+@pytest.mark.parametrize(
+    "path", ["s3://AKIA:hun/ter2@flowers/rows", "s3://flowers?access_key=AKIA&secret_key=hun/ter2", "s3://me:hun@[/x"]
+)
+def test_a_secret_in_the_path_of_data_is_refused_and_not_repeated(path: str) -> None:
+    for data in ("parquet", "image_folder"):
+        (problem,) = problems_of(f"data={data}", f"data.path='{path}'")
+        assert problem.startswith("data.path: holds a password")
+        assert "AWS_SECRET_ACCESS_KEY" in problem
+        assert "hun" not in problem
+
+
+@pytest.mark.parametrize("path", ["s3://flowers/a:b@c?region=eu-west-1", "C:/data/token=1", "/data/[x]?secret=1"])
+def test_a_path_without_a_secret_is_none(path: str) -> None:
+    assert build("data=parquet", f"data.path='{path}'").to_dict()["data"]["path"] == path
 
 
 def test_plain_values_come_back_the_same() -> None:

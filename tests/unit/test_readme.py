@@ -55,10 +55,14 @@ def test_every_command_is_a_valid_request(command: str, tmp_path: Path, monkeypa
     name, *arguments = shlex.split(command)
     conf = [Path(arguments.pop(arguments.index("--conf") + 1)) for _ in range(arguments.count("--conf"))]
     overrides = [argument for argument in arguments if argument != "--conf"]
-    run, others = take_run(overrides, "run" if name == "evaluate" else "resume")
-    if run is not None or name in ("evaluate", "doctor"):
+    of_a_run = name in ("evaluate", "predict")
+    run, others = take_run(overrides, "run" if of_a_run else "resume")
+    if name == "predict":
+        out, others = take_run(others, "out", "a Parquet file")
+        assert out
+    if run is not None or of_a_run or name == "doctor":
         compose(others, conf)  # the run, or the machine, is needed for more
-        assert name != "evaluate" or run
+        assert not of_a_run or run
         return
     defaults = ("loss=cross_entropy",) if name == "train-teacher" else ()
     load_config(Request(name, tuple(overrides), tuple(conf)), defaults)

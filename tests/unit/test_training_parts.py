@@ -203,7 +203,11 @@ def test_one_function_opens_test_and_its_callers_are_known() -> None:
         for file, function, call in _calls(attribute)
         if any(isinstance(node, ast.Constant) and node.value == "test" for node in ast.walk(call))
     ]
-    assert by_name == [("training/validation.py", "open_test")]
+    assert by_name == [
+        ("data/params.py", "open_rows"),  # rows that the user asks predictions for
+        ("training/validation.py", "open_test"),
+    ]
+    assert {(file, function) for file, function, _ in _calls("open_rows")} == {("stages/predict.py", "_open_rows")}
 
     # Splits whose name is a variable, which might be test: each is here because it is not.
     by_variable = {
@@ -212,12 +216,14 @@ def test_one_function_opens_test_and_its_callers_are_known() -> None:
         if len(call.args) == 1 and isinstance(call.args[0], ast.Name)
     }
     assert by_variable == {
+        ("data/gaussians.py", "class_probabilities"),  # called by nothing here, see below
         ("data/source.py", "in_memory"),  # called with "train" alone, see below
         ("data/source.py", "load"),
         ("stages/doctor.py", "_data"),  # train and validation
         ("stages/evaluate.py", "evaluate"),  # open_test where it is test
         ("stages/validate.py", "validate"),  # open_test where it is test
     }
+    assert not list(_calls("class_probabilities"))
     loaded = [ast.unparse(call.args[0]) for name in ("in_memory", "load") for _, _, call in _splits_loaded(name)]
     assert set(loaded) <= {"'train'", "name"}
 
@@ -225,6 +231,7 @@ def test_one_function_opens_test_and_its_callers_are_known() -> None:
     assert callers == Counter(
         [
             ("stages/evaluate.py", "evaluate"),
+            ("stages/predict.py", "_open_rows"),
             ("stages/training.py", "evaluate_test"),
             ("stages/validate.py", "validate"),
         ]
