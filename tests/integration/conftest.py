@@ -1,11 +1,17 @@
-"""The Ray that tests share: a test that needs it asks for `ray_cluster`; nothing else starts one in this process."""
+"""What tests share: Ray (nothing but `ray_cluster` starts one in this process), and a student distilled by commands."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from pipeline.cli.main import main
+from tests.integration.commands import STUDENT, TEACHER, Call, Ended, run
 
 FAKE_ACCELERATOR = "fake_accelerator"  # a custom resource: counted, and nothing more
 NUM_CPUS = 8  # logical ones, a count as well
@@ -20,3 +26,35 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with own_ray(NUM_CPUS, tmp_path_factory.mktemp("ray") / "ray.log", {FAKE_ACCELERATOR: NUM_ACCELERATORS}):
         yield
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """As ``run``, within this process, which saves the imports."""
+
+    def called(folder: Path, *arguments: str) -> Ended:
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        capsys.readouterr()
+        code = main(arguments)
+        return Ended(code, *capsys.readouterr())
+
+    return called
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended, Ended]:
+    """A folder with a teacher and a student distilled from it, and what the two commands said."""
+    folder = tmp_path_factory.mktemp("made")
+    teacher = run(folder, "train-teacher", "run.dir=runs/teacher", *TEACHER, "train.epochs=2")
+    assert teacher.code == 0, teacher.err
+    student = run(folder, "distill", "run.dir=runs/student", *STUDENT, "train.epochs=3", "run.seed=5")
+    assert student.code == 0, student.err
+    return folder, teacher, student
+
+
+@pytest.fixture
+def workspace(made: tuple[Path, Ended, Ended], tmp_path: Path) -> Path:
+    """A folder with its own copy of the teacher."""
+    shutil.copytree(made[0] / "runs" / "teacher", tmp_path / "runs" / "teacher")
+    return tmp_path

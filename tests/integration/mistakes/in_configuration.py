@@ -1,0 +1,85 @@
+"""Mistakes in what is typed."""
+
+from __future__ import annotations
+
+from tests.integration.mistakes.table import Place, mistake
+
+
+@mistake("a key that does not exist")
+def _(place: Place) -> list[str]:
+    return place.distill("train.epohcs=3")
+
+
+@mistake("a choice that does not exist")
+def _(place: Place) -> list[str]:
+    return place.distill("loss=kdd")
+
+
+@mistake("a word for a number")
+def _(place: Place) -> list[str]:
+    return place.distill("train.optimizer.lr=fast")
+
+
+@mistake("a fraction for a whole number")
+def _(place: Place) -> list[str]:
+    return place.distill("train.batch_size=32.5")
+
+
+@mistake("temperature 0")
+def _(place: Place) -> list[str]:
+    return place.distill("loss.temperature=0")
+
+
+@mistake("two mistakes at once", num_lines=3)
+def _(place: Place) -> list[str]:
+    return place.distill("train.batch_size=0", "student.hiden=[4]")
+
+
+@mistake("a bracket that is not closed")
+def _(place: Place) -> list[str]:
+    return place.distill("train.optimizer.betas=[0.9,0.99")
+
+
+@mistake("no `=`")
+def _(place: Place) -> list[str]:
+    return place.distill("student")
+
+
+@mistake("all weights of the loss 0")
+def _(place: Place) -> list[str]:
+    return place.distill("loss.kd_weight=0", "loss.ce_weight=0")
+
+
+@mistake("a metric that does not exist")
+def _(place: Place) -> list[str]:
+    return place.distill("train.select_by=val/acuracy")
+
+
+@mistake("warm-up longer than the run")
+def _(place: Place) -> list[str]:
+    return place.distill("train.optimizer.warmup_epochs=5")
+
+
+@mistake("blocks that the workers cannot share")
+def _(place: Place) -> list[str]:
+    return place.distill("cluster.num_workers=2", "train.blocks_per_step=3")
+
+
+@mistake("distilling without a teacher's weights")
+def _(place: Place) -> list[str]:
+    return place.distill("teacher.checkpoint=null")
+
+
+@mistake("training a teacher by a loss that needs one")
+def _(place: Place) -> list[str]:
+    return place.train("loss=kd")
+
+
+@mistake("`evaluate` without a run")
+def _(place: Place) -> list[str]:
+    return ["evaluate"]
+
+
+@mistake("a password in `tracking.uri`")
+def _(place: Place) -> list[str]:
+    return place.distill("tracking.uri=http://me:secret@127.0.0.1:9")
