@@ -23,6 +23,7 @@ NUM_ROWS = 120
 GROUP_ROWS = 7
 BATCH_SIZE = 8
 SEED = 4
+LABELS = np.arange(NUM_ROWS) * 3 // NUM_ROWS
 PIXELS = np.random.default_rng(0).integers(0, 256, (NUM_ROWS, 6, 5, 3), dtype=np.uint8)
 ENOUGH_BYTES = 2**20
 AUGMENTS = {
@@ -35,18 +36,20 @@ Sample = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The images once as a Parquet file of small row groups, once as a folder a class."""
+    """The same images in the same order, sorted by class: encoded and raw in Parquet files, and as a folder a class."""
     folder: Path = tmp_path_factory.mktemp("data")
     images = []
     for number, pixels in enumerate(PIXELS):
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG")
         images.append(buffer.getvalue())
-        path = folder / "images" / f"class-{number % 3}" / f"{number:03d}.png"
+        path = folder / "images" / f"class-{LABELS[number]}" / f"{number:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(images[-1])
-    table = pa.table({"image": images, "label": np.arange(NUM_ROWS) % 3})
-    pq.write_table(table, folder / "train.parquet", row_group_size=GROUP_ROWS)
+    raw = pa.FixedShapeTensorArray.from_numpy_ndarray(PIXELS)
+    for name, column in {"encoded": pa.array(images), "raw": raw}.items():
+        table = pa.table({"image": column, "label": LABELS})
+        pq.write_table(table, folder / f"{name}.parquet", row_group_size=GROUP_ROWS)
     return folder
 
 
@@ -59,7 +62,7 @@ def open_source(folder: Path, name: str, augment: AugmentParams, memory_bytes: i
     }
     if name == "image_folder":
         return ImageFolderParams(path=str(folder / "images"), **values).open()
-    return ParquetParams(path=str(folder / "train.parquet"), **values).open()
+    return ParquetParams(path=str(folder / f"{name}.parquet"), **values).open()
 
 
 def run_epochs(source: DataSource, augment: AugmentParams, window_bytes: int) -> list[Sample]:
@@ -74,15 +77,27 @@ def run_epochs(source: DataSource, augment: AugmentParams, window_bytes: int) ->
     return blocks
 
 
-@pytest.mark.parametrize("name", ["parquet", "image_folder"])
+@pytest.mark.parametrize("name", ["encoded", "raw", "image_folder"])
 @pytest.mark.parametrize("augment", AUGMENTS.values(), ids=AUGMENTS)
 def test_memory_and_one_window_give_the_same_run(folder: Path, name: str, augment: AugmentParams) -> None:
     in_memory = open_source(folder, name, augment, ENOUGH_BYTES, 1000)
     one_window = open_source(folder, name, augment, 0, ENOUGH_BYTES)
     assert isinstance(open_training(in_memory), TableReader)
     assert not isinstance(open_training(one_window), TableReader)
-    expected = run_epochs(in_memory, augment, 1000)
-    taken = run_epochs(one_window, augment, ENOUGH_BYTES)
+    check_same(run_epochs(in_memory, augment, 1000), run_epochs(one_window, augment, ENOUGH_BYTES))
+
+
+@pytest.mark.parametrize("memory_bytes", [0, ENOUGH_BYTES], ids=["window", "memory"])
+@pytest.mark.parametrize("name", ["raw", "image_folder"])
+@pytest.mark.parametrize("augment", [AUGMENTS["plain"], AUGMENTS["boxes"]], ids=["plain", "boxes"])
+def test_every_format_gives_the_same_run(folder: Path, augment: AugmentParams, name: str, memory_bytes: int) -> None:
+    """Not with mixed images: an image folder has no row groups to choose partners from."""
+    encoded = open_source(folder, "encoded", augment, ENOUGH_BYTES, ENOUGH_BYTES)
+    other = open_source(folder, name, augment, memory_bytes, ENOUGH_BYTES)
+    check_same(run_epochs(encoded, augment, ENOUGH_BYTES), run_epochs(other, augment, ENOUGH_BYTES))
+
+
+def check_same(expected: list[Sample], taken: list[Sample]) -> None:
     assert len(expected) == len(taken) == 3 * 10
     for one, other in zip(expected, taken, strict=True):
         assert one.keys() == other.keys()
@@ -92,8 +107,8 @@ def test_memory_and_one_window_give_the_same_run(folder: Path, name: str, augmen
 
 @pytest.mark.parametrize("augment", AUGMENTS.values(), ids=AUGMENTS)
 def test_small_windows_give_every_sample_once_and_its_own_pixels(folder: Path, augment: AugmentParams) -> None:
-    in_memory = open_source(folder, "parquet", augment, ENOUGH_BYTES, 1000)
-    windows = open_source(folder, "parquet", augment, 0, 2000)
+    in_memory = open_source(folder, "encoded", augment, ENOUGH_BYTES, 1000)
+    windows = open_source(folder, "encoded", augment, 0, 2000)
     expected: dict[tuple[int, int], Sample] = {}
     for samples, is_oracle in ((run_epochs(in_memory, augment, 1), True), (run_epochs(windows, augment, 2000), False)):
         for epoch in range(3):
@@ -113,7 +128,7 @@ def test_small_windows_give_every_sample_once_and_its_own_pixels(folder: Path, a
 
 def test_mixing_changes_pixels_and_adds_two_columns(folder: Path) -> None:
     augment = AUGMENTS["mixed"]
-    source = open_source(folder, "parquet", augment, ENOUGH_BYTES, 1)
+    source = open_source(folder, "encoded", augment, ENOUGH_BYTES, 1)
     plain = AugmentParams(flip=True)
     for mixed, own in zip(run_epochs(source, augment, 1), run_epochs(source, plain, 1), strict=True):
         assert mixed.keys() - own.keys() == {PARTNER_LABEL, LABEL_WEIGHT}
@@ -129,7 +144,7 @@ def test_partners_show_the_pixels_they_have_as_samples(folder: Path) -> None:
     from pipeline.data.mixing import draw_partners, mix
 
     augment, plain = AUGMENTS["mixed"], AugmentParams(flip=True)
-    source = open_source(folder, "parquet", augment, ENOUGH_BYTES, 1)
+    source = open_source(folder, "encoded", augment, ENOUGH_BYTES, 1)
     reader, decoder = open_training(source), source.decoder("train")
     planner = make_planner(ParquetParams(path=""), reader, TrainParams(batch_size=BATCH_SIZE), SEED)
     plan = planner.block(3)
@@ -158,7 +173,7 @@ def test_a_process_keeps_two_windows_at_most(folder: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(parquet_reader_module.ParquetReader, "_read_group", record)
     window_bytes = 4000
-    source = open_source(folder, "parquet", AUGMENTS["mixed"], 0, window_bytes)
+    source = open_source(folder, "encoded", AUGMENTS["mixed"], 0, window_bytes)
     reader = open_training(source)
     planner = make_planner(ParquetParams(path="", window_bytes=window_bytes), reader, TrainParams(batch_size=8), SEED)
     kept = []
