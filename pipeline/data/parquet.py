@@ -28,7 +28,7 @@ from pipeline.data.parquet_files import (
     read_footers,
 )
 from pipeline.data.parquet_reader import ParquetReader
-from pipeline.data.rows import RowSet, carve
+from pipeline.data.rows import RowSet, divide
 from pipeline.data.source import DataSource, Unlabelled, check_fits, describe_carved, find_unlabelled
 from pipeline.errors import ConfigError, DataError
 from pipeline.registry import Params
@@ -123,7 +123,8 @@ class ParquetSource(DataSource):
         check_augment(params.augment, self.spec)
         resized = None if shape == self._column.shape else shape
         self.fingerprint = fingerprint_footers(self._footers, self._column, resized)
-        self._rows = self._divide_rows({split: len(values) for split, values in labels.items()})
+        fractions: dict[SplitName, float] = {"validation": params.validation_fraction, "test": params.test_fraction}
+        self._rows = divide({split: len(values) for split, values in labels.items()}, fractions, params.split_seed)
         self.carved = {split: describe_carved(rows) for split, rows in self._rows.items() if split not in self._footers}
         self.unlabelled = self._find_unlabelled(labels)
 
@@ -138,15 +139,6 @@ class ParquetSource(DataSource):
 
     def _files_of(self, name: SplitName) -> list[FileFooter]:
         return self._footers[name if name in self._footers else "train"]
-
-    def _divide_rows(self, num_rows: dict[SplitName, int]) -> dict[SplitName, RowSet]:
-        fractions: dict[SplitName, float] = {
-            "validation": self._params.validation_fraction,
-            "test": self._params.test_fraction,
-        }
-        missing = {split: fraction for split, fraction in fractions.items() if split not in num_rows}
-        rows = carve(num_rows["train"], missing, self._params.split_seed) if missing else {}
-        return {split: RowSet.whole(number) for split, number in num_rows.items()} | rows
 
     def _check_files(self, split: SplitName, footers: Sequence[FileFooter]) -> None:
         _check_images(footers, self._footers["train"][0].schema, self._params.image_column)

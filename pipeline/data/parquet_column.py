@@ -180,7 +180,7 @@ def _detect_images(name: str, storage: Literal["encoded", "struct"], first: pa.A
     try:
         return ImageColumn(name, storage, (), image_shape(content))
     except DataError as error:
-        raise DataError(f"{where}, first row: {error.message}") from error
+        raise DataError(f"{where}: the first row {error.message}") from error
 
 
 def _detect_lists(

@@ -135,7 +135,9 @@ class ParquetReader(SplitReader):
 
     def _group(self, index: int) -> pa.Table:
         file = self._files[self.groups.file[index]]
-        key = (file, int(self.groups.index[index]), self._column, self._label_column, self._skip_bad)
+        # Where the file begins is part of the key: the table has sample ids, and a file may be read in several sets.
+        first_row = int(self.groups.first_row[index])
+        key = (file, int(self.groups.index[index]), first_row, self._column, self._label_column, self._skip_bad)
         table = _CACHE.get(key)
         if table is None:
             table = self._read_group(file, index)

@@ -305,5 +305,6 @@ def _show_result(prediction: _Prediction, writer: PredictionWriter, progress: Ro
     if missing:
         named = "; ".join(name_row(prediction.decoder.files, sample_id) for sample_id in missing[:_ROWS_NAMED])
         more = f"; and {len(missing) - _ROWS_NAMED:,} more" if len(missing) > _ROWS_NAMED else ""
-        print(f"{len(missing):,} rows could not be decoded and have no prediction: {named}{more}")
+        count = "1 row" if len(missing) == 1 else f"{len(missing):,} rows"
+        print(f"no prediction for {count} that could not be decoded: {named}{more}")
     print(prediction.out, flush=True)

@@ -46,7 +46,9 @@ class SkippedRows:
         """What was skipped, in a sentence; empty where nothing was."""
         if not self._problems:
             return ""
-        named = "; ".join(problem.rstrip(".") for problem in list(self._problems.values())[:_NUM_NAMED])
+        # What is wrong without what to do about it, which the file and the warnings have.
+        first = list(self._problems.values())[:_NUM_NAMED]
+        named = "; ".join(problem.partition(";")[0].rstrip(".") for problem in first)
         return f"{_count(len(self))} skipped, listed in {self.path}: {named}{'; ...' if len(self) > _NUM_NAMED else ''}"
 
     def _add(self, split: str, sample_id: int, problem: str, time: float) -> None:

@@ -105,7 +105,8 @@ def check_labels(config: Config, source: DataSource, *, training: bool = True) -
     if terms:
         _refuse_unlabelled(source, "train", f"loss term {' and '.join(map(repr, terms))} needs them", _advise(config))
     carved = "validation" in source.carved and "train" in source.unlabelled
-    given = "give labelled files for it in data.files.validation" if carved else "label them"
+    place = "data.files.validation" if "files" in type(config.data).model_fields else "a folder validation"
+    given = f"give labelled files for it in {place}" if carved else "label them"
     origin = ", which is carved out of train" if carved else ""
     _refuse_unlabelled(source, "validation", f"the metrics need them{origin}", given)
     if config.evaluation.test:

@@ -24,7 +24,7 @@ PREFIXES: dict[SplitName, str] = {"train": "train", "validation": "val", "test":
 
 
 def open_test(source: DataSource, reason: str) -> SplitReader:
-    """The test split. The only way to it: whoever opens it has to say why.
+    """The test split. The only way to its labels: whoever opens it has to say why.
 
     Args:
         source: the data set.

@@ -193,7 +193,7 @@ def test_rows_that_cannot_be_decoded(folder: Path, call: Call, tmp_path: Path) -
 
     ended = call(folder, "predict", "run=student", f"out={out}", *rows_in(rows), HERE, BATCH, "data.on_bad_row=skip")
     assert ended.code == 0, ended.err
-    assert "2 rows could not be decoded and have no prediction" in ended.out
+    assert "no prediction for 2 rows that could not be decoded: " in ended.out
     assert "a.parquet: row 5 (sample 5)" in ended.out
     table = pq.read_table(out)
     assert table["sample_id"].to_pylist() == list(range(33))

@@ -253,14 +253,14 @@ def test_rows_are_told_once_and_listed(tmp_path: Path) -> None:
     assert skipped.summary() == ""
     for _ in range(2):
         for sample_id in range(9):
-            report_bad_rows(skipped, "train", {sample_id: f"a.parquet: row {sample_id} is bad."})
+            report_bad_rows(skipped, "train", {sample_id: f"a.parquet: row {sample_id} is bad; mend it."})
         report_bad_rows(skipped, "test", {0: "b.parquet: row 0 is bad."})
     assert len(skipped) == 10
     messages = [event.data["message"] for event, _ in read_events(journal.path) if event.kind == "warning"]
     assert messages == [
-        "skipped a row of train: a.parquet: row 0 is bad.",
-        "skipped a row of train: a.parquet: row 1 is bad.",
-        "skipped a row of train: a.parquet: row 2 is bad.",
+        "skipped a row of train: a.parquet: row 0 is bad; mend it.",
+        "skipped a row of train: a.parquet: row 1 is bad; mend it.",
+        "skipped a row of train: a.parquet: row 2 is bad; mend it.",
         f"4 bad rows were skipped so far, listed in {skipped.path}",
         f"8 bad rows were skipped so far, listed in {skipped.path}",
     ]

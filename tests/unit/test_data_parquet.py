@@ -227,6 +227,16 @@ def test_rewritten_files_do_not_come_out_of_the_cache(tmp_path: Path) -> None:
         np.testing.assert_array_equal(read_all(open_parquet(tmp_path))[0], pixels.transpose(0, 3, 1, 2))
 
 
+def test_a_file_read_in_two_sets_has_the_ids_of_each(tmp_path: Path) -> None:
+    spec = InputSpec("image", RGB.transpose(0, 3, 1, 2).shape[1:], ("a", "b"))
+    for name in ("a.parquet", "b.parquet"):
+        write_png(tmp_path / name)
+    for path, first in ((tmp_path / "b.parquet", 0), (tmp_path, len(RGB))):
+        reader, _ = ParquetParams(path=str(path)).open_rows(spec)
+        wanted = np.arange(first, first + len(RGB))
+        assert reader.read(wanted)[SAMPLE_ID].to_pylist() == wanted.tolist()
+
+
 def test_fingerprint_is_of_pixels_and_not_of_labels_or_names(tmp_path: Path) -> None:
     def fingerprint(name: str, pixels: np.ndarray, labels: np.ndarray, **options: Any) -> str:
         write_png(tmp_path / name / "train-0.parquet", pixels[:12], labels[:12], **options)

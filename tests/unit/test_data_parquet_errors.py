@@ -214,9 +214,9 @@ def deep_image(path: Path) -> dict[str, Any]:
         (paths_only, r"holds no bytes in its first row; store the images inside the file"),
         (
             not_an_image,
-            r"first row: is not an image that can be read \(15 bytes of unknown format\); expected one of PNG",
+            r"the first row is not an image that can be read \(15 bytes of unknown format\); expected one of PNG",
         ),
-        (deep_image, r"first row: is an image of mode 'I;16', with more than 8 bits a channel"),
+        (deep_image, r"the first row is an image of mode 'I;16', with more than 8 bits a channel"),
     ],
 )
 def test_what_is_wrong_is_said_when_opening(

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from pipeline.cli.main import main
 from pipeline.contracts.columns import LABEL, NO_LABEL, SAMPLE_ID
@@ -150,6 +151,19 @@ def test_validation_carved_out_of_unlabelled_rows_is_refused(
     assert code == 2
     assert "rows of validation have no label" in err
     assert "which is carved out of train; give labelled files for it in data.files.validation." in err
+
+
+def test_in_a_folder_of_images_it_is_a_folder_that_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(40):
+        folder = tmp_path / ("train", "train/cat", "train/dog")[number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(folder / f"{number}.png")
+    arguments = ("data=image_folder", f"data.path={tmp_path}", *without_labels(tmp_path))
+    code, _, err = run(capsys, "validate", *arguments)
+    assert code == 2
+    assert "which is carved out of train; give labelled files for it in a folder validation." in err
 
 
 def without_labels(folder: Path) -> tuple[str, ...]:
