@@ -10,6 +10,8 @@ from pipeline.config.schema import Config
 
 # Commands whose run learns from the teacher in the configuration.
 _LEARNS_FROM_TEACHER = frozenset({"distill", "validate"})
+# Rows of a block below which their correlation within a class is mostly chance.
+_MIN_GROUP_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,26 @@ def _synchronised_batchnorm(config: Config, command: str) -> Iterator[Problem]:
         )
 
 
+def _group_is_large_enough(config: Config, command: str) -> Iterator[Problem]:
+    rows = config.train.batch_size
+    if config.loss.couples_batch and rows < _MIN_GROUP_ROWS:
+        yield Problem(
+            "train.batch_size",
+            f"expected at least {_MIN_GROUP_ROWS}, got {rows}; loss={config.loss.name} correlates the rows of a block, "
+            "and of so few a correlation says nothing",
+        )
+
+
+def _labels_may_be_mixed(config: Config, command: str) -> Iterator[Problem]:
+    terms = config.loss.one_label_terms
+    if config.data.augment.mixes and terms:
+        yield Problem(
+            "data.augment",
+            f"mixup and cutmix give a row two labels, but {' and '.join(terms)} of loss={config.loss.name} takes one; "
+            "set both to 0, or choose another loss",
+        )
+
+
 def _no_password(config: Config, command: str) -> Iterator[Problem]:
     """It would be stored in the run folder and shown in the tracker."""
     from pipeline.data.storage import holds_secret
@@ -137,5 +159,7 @@ _RULES: tuple[Callable[[Config, str], Iterator[Problem]], ...] = (
     _selection_metric,
     _warmup_fits,
     _synchronised_batchnorm,
+    _group_is_large_enough,
+    _labels_may_be_mixed,
     _no_password,
 )

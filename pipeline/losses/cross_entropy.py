@@ -73,4 +73,4 @@ class CrossEntropyParams(LossParams):
         def ce(signals: Signals) -> Scalar:
             return label_term(signals, "ce", self.label_smoothing)
 
-        return (Term("ce", 1.0, ce, uses_labels=True),)
+        return (Term("ce", 1.0, ce, labels="pair"),)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 
 from pipeline.losses.cross_entropy import label_term
-from pipeline.losses.objective import LOSSES, Logits, LossParams, Scalar, Signals, TeacherNeed, Term, widen
+from pipeline.losses.objective import LOSSES, Logits, Scalar, Signals, Term, widen
+from pipeline.losses.softened import SoftenedLossParams
 
 
 def kl_divergence(student_logits: Logits, teacher_logits: Logits, *, temperature: float) -> Scalar:
@@ -34,7 +35,7 @@ def kl_divergence(student_logits: Logits, teacher_logits: Logits, *, temperature
 
 
 @LOSSES.register
-class KDParams(LossParams):
+class KDParams(SoftenedLossParams):
     """Vanilla distillation (arXiv 1503.02531) plus cross-entropy with the labels.
 
     The defaults are the setting in common use for CIFAR (RepDistiller, mdistiller):
@@ -48,14 +49,12 @@ class KDParams(LossParams):
     ce_weight: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     """0: no labels are needed."""
 
-    needs: ClassVar[frozenset[TeacherNeed]] = frozenset({"full"})
-
     def terms(self) -> tuple[Term, ...]:
         def kd(signals: Signals) -> Scalar:
-            teacher_logits = signals.teacher_logits_for("kd")
-            return kl_divergence(signals.student_logits, teacher_logits, temperature=self.temperature)
+            student, teacher = self.logits_of(signals, "kd")
+            return kl_divergence(student, teacher, temperature=self.temperature)
 
         def ce(signals: Signals) -> Scalar:
             return label_term(signals, "ce")
 
-        return Term("kd", self.kd_weight, kd), Term("ce", self.ce_weight, ce, uses_labels=True)
+        return Term("kd", self.kd_weight, kd), Term("ce", self.ce_weight, ce, labels="pair")

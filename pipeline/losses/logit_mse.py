@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from pipeline.losses.cross_entropy import label_term
-from pipeline.losses.objective import LOSSES, Logits, LossParams, Scalar, Signals, TeacherNeed, Term, widen
+from pipeline.losses.objective import LOSSES, Logits, Scalar, Signals, TeacherLossParams, Term, widen
 
 
 def logit_mse(student_logits: Logits, teacher_logits: Logits) -> Scalar:
@@ -49,7 +49,7 @@ def centred_logit_mse(student_logits: Logits, teacher_logits: Logits) -> Scalar:
 
 
 @LOSSES.register
-class LogitMSEParams(LossParams):
+class LogitMSEParams(TeacherLossParams):
     """Mean squared error of the logits (arXiv 2105.08919), by default without labels as in the paper."""
 
     name: Literal["logit_mse"] = "logit_mse"
@@ -59,8 +59,6 @@ class LogitMSEParams(LossParams):
     ce_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """0: no labels are needed."""
 
-    needs: ClassVar[frozenset[TeacherNeed]] = frozenset({"full"})
-
     def terms(self) -> tuple[Term, ...]:
         def mse(signals: Signals) -> Scalar:
             distance = centred_logit_mse if self.centred else logit_mse
@@ -69,4 +67,4 @@ class LogitMSEParams(LossParams):
         def ce(signals: Signals) -> Scalar:
             return label_term(signals, "ce")
 
-        return Term("mse", self.kd_weight, mse), Term("ce", self.ce_weight, ce, uses_labels=True)
+        return Term("mse", self.kd_weight, mse), Term("ce", self.ce_weight, ce, labels="pair")

@@ -3,7 +3,7 @@
 A network is one module here: its parameter model, registered under its ``name``, builds it.
 """
 
-from pipeline.models.classifier import Classifier, build_classifier, describe_preprocessing
+from pipeline.models.classifier import Classifier, build_classifier, class_similarity, describe_preprocessing
 from pipeline.models.params import MODELS, ModelParams, PoolParams, TeacherParams
 from pipeline.models.teacher import Teacher
 from pipeline.models.weights import (
@@ -27,6 +27,7 @@ __all__ = [
     "Teacher",
     "TeacherParams",
     "build_classifier",
+    "class_similarity",
     "describe_preprocessing",
     "fingerprint_state",
     "load_checkpoint",

@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Collection
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -115,6 +116,28 @@ def resolve_normalisation(params: ModelParams, spec: InputSpec) -> Normalisation
                 f"give {name} one value for each, or leave it out."
             )
     return mean, std
+
+
+@torch.no_grad()
+def class_similarity(classifier: Classifier) -> np.ndarray:
+    """How alike a trained network takes the classes to be: cosines of the rows of its last layer's weight.
+
+    Returns:
+        (C, C) float32, symmetric, 1 on the diagonal.
+
+    Raises:
+        ModelError: no linear layer of the network has one output a class.
+    """
+    num_classes = classifier.spec.num_classes
+    layers = [module for module in classifier.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    last = next((layer for layer in reversed(layers) if layer.weight.shape[0] == num_classes), None)
+    if last is None:
+        raise ModelError(
+            f"the teacher has no linear layer with {num_classes} outputs, so it does not say which classes are alike: "
+            "choose another loss, or a teacher that ends in a linear layer."
+        )
+    rows = F.normalize(last.weight.detach().float().flatten(1), dim=1)
+    return (rows @ rows.T).cpu().numpy()
 
 
 def build_classifier(params: ModelParams, spec: InputSpec) -> Classifier:

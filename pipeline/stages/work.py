@@ -7,15 +7,17 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.config.runs import Run
 from pipeline.config.schema import Config
 from pipeline.contracts.columns import SplitName
 from pipeline.data import BlockPlanner, DataSource, SplitReader
 from pipeline.errors import DataError
-from pipeline.losses import Objective
 from pipeline.models import (
     ModelParams,
     build_classifier,
+    class_similarity,
     describe_preprocessing,
     fingerprint_state,
     load_initial_weights,
@@ -31,10 +33,12 @@ class CheckedTeacher:
     Attributes:
         fingerprint: of its weights.
         key: of everything its logits depend on but the rows.
+        class_similarity: (C, C) float32 cosines of its last layer; none where the loss does not need them.
     """
 
     fingerprint: str
     key: str
+    class_similarity: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class Work:
             config.run.seed,
             self.plan,
             None if validation_logits is None else str(validation_logits),
+            None if self.teacher is None else self.teacher.class_similarity,
         )
 
 
@@ -101,7 +106,7 @@ def check_labels(config: Config, source: DataSource, *, training: bool = True) -
     Raises:
         DataError: how many rows of which split have none, the first of them, who needs it, and what to do.
     """
-    terms = Objective.from_params(config.loss).label_terms if training else ()
+    terms = config.loss.label_terms if training else ()
     if terms:
         _refuse_unlabelled(source, "train", f"loss term {' and '.join(map(repr, terms))} needs them", _advise(config))
     carved = "validation" in source.carved and "train" in source.unlabelled
@@ -142,7 +147,8 @@ def check_teacher(config: Config, source: DataSource) -> CheckedTeacher:
     preprocessing = describe_preprocessing(params, source.spec)
     parts = [fingerprint, params.architecture(), preprocessing, _compute_dtype(config)]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-    return CheckedTeacher(fingerprint, key)
+    similarity = class_similarity(classifier) if "last_layer" in config.loss.needs else None
+    return CheckedTeacher(fingerprint, key, similarity)
 
 
 def _compute_dtype(config: Config) -> str:

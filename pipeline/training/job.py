@@ -45,6 +45,7 @@ class RunSpec:
     Attributes:
         network: the network that is trained: the student, or the teacher in ``train-teacher``.
         validation_logits: file with the teacher's logits on validation; none without a teacher.
+        class_similarity: (C, C) float32, see ``class_similarity``; none where the loss does not need it.
     """
 
     data: DataParams
@@ -55,6 +56,7 @@ class RunSpec:
     seed: int
     plan: RunPlan
     validation_logits: str | None = None
+    class_similarity: np.ndarray | None = None
 
 
 def open_training(source: DataSource) -> SplitReader:
@@ -87,7 +89,9 @@ def build_job(spec: RunSpec, source: DataSource, emitter: Emitter | None = None)
     logits = None if spec.validation_logits is None else load_logits(Path(spec.validation_logits))
     reader, decoder = source.split("validation"), source.decoder("validation")
     validation = EvaluationSet(source.spec, decoder, reader, "validation", spec.evaluation, logits, emitter)
-    return TrainJob(classifier, Objective.from_params(spec.loss), spec.train, spec.plan, validation, spec.seed)
+    similarity = None if spec.class_similarity is None else torch.from_numpy(spec.class_similarity)
+    objective = Objective(spec.loss, similarity)
+    return TrainJob(classifier, objective, spec.train, spec.plan, validation, spec.seed)
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,7 @@ class _Loop:
             with autocast:
                 logits = self.network(inputs)
             signals = Signals(logits, block.labels, block.teacher_logits, block.partner_labels, block.label_weights)
-            loss, terms = self.job.objective(signals)
+            loss, terms = self.job.objective(signals, self.state.step / self.plan.num_steps)
             (loss / self.blocks_per_worker).backward()
         return loss.detach(), terms
 

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable
+from typing import Any
 
 import beartype
 import jaxtyping
@@ -144,7 +145,7 @@ def test_kl_divergence_has_the_closed_form_gradient(student: Tensor, teacher: Te
 
 
 def test_kd_has_the_fixtures_total_and_gradient(student: Tensor, teacher: Tensor) -> None:
-    total, terms = Objective.from_params(KDParams())(Signals(student, LABELS, teacher))
+    total, terms = Objective(KDParams())(Signals(student, LABELS, teacher))
     assert total.item() == pytest.approx(0.44247899797501117, abs=1e-13)
     assert {name: value.item() for name, value in terms.items()} == {
         "kd": pytest.approx(0.37834222908955456, abs=1e-13),
@@ -222,11 +223,9 @@ ORACLES: list[tuple[LossParams, Callable[[np.ndarray, np.ndarray, np.ndarray], f
 @pytest.mark.parametrize(("params", "oracle"), ORACLES, ids=[repr(params) for params, _ in ORACLES])
 def test_totals_agree_with_numpy(params: LossParams, oracle: Callable[..., float]) -> None:
     student, teacher, labels = random_logits()
-    total, _ = Objective.from_params(params)(Signals(student, labels, teacher))
+    total, _ = Objective(params)(Signals(student, labels, teacher))
     assert total.item() == pytest.approx(oracle(student.detach().numpy(), teacher.numpy(), labels.numpy()), rel=1e-12)
-    assert torch.autograd.gradcheck(
-        lambda logits: Objective.from_params(params)(Signals(logits, labels, teacher))[0], (student,)
-    )
+    assert torch.autograd.gradcheck(lambda logits: Objective(params)(Signals(logits, labels, teacher))[0], (student,))
 
 
 # --- what holds for every registered loss -----------------------------------------------------------------------
@@ -239,7 +238,7 @@ every_loss = pytest.mark.parametrize(
 
 @every_loss
 def test_every_loss_is_finite_far_out_and_gives_the_teacher_no_gradient(params: LossParams) -> None:
-    objective = Objective.from_params(params)
+    objective = Objective(params)
     for scale in (1.0, 1e4):
         student, teacher, labels = random_logits(dtype=torch.float32)
         student = (student.detach().sign() * scale).requires_grad_()
@@ -255,7 +254,7 @@ def test_every_loss_is_finite_far_out_and_gives_the_teacher_no_gradient(params: 
 @every_loss
 def test_every_loss_computes_bf16_logits_in_float32(params: LossParams) -> None:
     student, teacher, labels = random_logits(32, 10, torch.float32)
-    objective = Objective.from_params(params)
+    objective = Objective(params)
     exact, _ = objective(Signals(student, labels, teacher))
     with torch.autocast("cpu", torch.bfloat16):
         total, terms = objective(Signals(student.bfloat16(), labels, teacher.bfloat16()))
@@ -270,7 +269,7 @@ def test_every_loss_computes_bf16_logits_in_float32(params: LossParams) -> None:
 @every_loss
 def test_every_loss_is_a_batch_mean_that_ignores_the_order_of_rows(params: LossParams) -> None:
     student, teacher, labels = random_logits(8, 5)
-    objective = Objective.from_params(params)
+    objective = Objective(params)
     total = objective(Signals(student, labels, teacher))[0].item()
     order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
     shuffled = objective(Signals(student[order], labels[order], teacher[order]))[0].item()
@@ -283,7 +282,7 @@ def test_every_loss_is_a_batch_mean_that_ignores_the_order_of_rows(params: LossP
 @every_loss
 def test_every_loss_declares_exactly_what_it_needs(params: LossParams) -> None:
     student, teacher, labels = random_logits()
-    objective = Objective.from_params(params)
+    objective = Objective(params)
     if params.needs_labels:
         with pytest.raises(ConfigError, match="needs labels but the batch has none"):
             objective(Signals(student, None, teacher))
@@ -298,7 +297,11 @@ def test_every_loss_declares_exactly_what_it_needs(params: LossParams) -> None:
 def test_every_loss_shares_itself_out_between_mixed_labels(params: LossParams) -> None:
     student, teacher, labels = random_logits()
     partners = (labels + 2) % 5
-    objective = Objective.from_params(params)
+    objective = Objective(params)
+    if params.one_label_terms:
+        with pytest.raises(ConfigError, match="takes one label a row"):
+            objective(Signals(student, labels, teacher, partners, torch.full((6,), 0.5)))
+        return
 
     def total(*label_signals: Tensor) -> float:
         own, *pairs = label_signals
@@ -313,13 +316,27 @@ def test_every_loss_shares_itself_out_between_mixed_labels(params: LossParams) -
 def test_every_loss_refuses_logits_of_other_classes(params: LossParams) -> None:
     student, teacher, labels = random_logits()
     with pytest.raises(ModelError, match=r"\(6, 5\).*\(6, 4\).*same classes"):
-        Objective.from_params(params)(Signals(student, labels, teacher[:, :4]))
+        Objective(params)(Signals(student, labels, teacher[:, :4]))
 
 
 @every_loss
 def test_every_loss_has_terms_of_distinct_names(params: LossParams) -> None:
     names = [term.name for term in params.terms()]
     assert len(set(names)) == len(names) > 0
+
+
+class GivenTerms(LossParams):
+    """A loss of any terms."""
+
+    name: str = "given"
+    given: tuple[Any, ...]
+
+    def terms(self) -> tuple[Term, ...]:
+        return self.given
+
+
+def objective_of(*terms: Term) -> Objective:
+    return Objective(GivenTerms(given=terms))
 
 
 # --- objectives and parameters ----------------------------------------------------------------------------------
@@ -329,8 +346,8 @@ def test_a_term_of_weight_zero_is_not_computed(student: Tensor, teacher: Tensor)
     def fails(signals: Signals) -> Tensor:
         raise AssertionError("computed")
 
-    objective = Objective([Term("unused", 0.0, fails), Term("sum", 2.0, lambda signals: signals.student_logits.sum())])
-    total, terms = objective(Signals(student))
+    used = Term("sum", 2.0, lambda signals: signals.student_logits.sum())
+    total, terms = objective_of(Term("unused", 0.0, fails), used)(Signals(student))
     assert terms.keys() == {"sum"}
     assert total.item() == pytest.approx(2 * terms["sum"].item())
 
@@ -338,17 +355,17 @@ def test_a_term_of_weight_zero_is_not_computed(student: Tensor, teacher: Tensor)
 def test_distillation_without_labels_needs_none(student: Tensor, teacher: Tensor) -> None:
     params = KDParams(ce_weight=0)
     assert not params.needs_labels
-    total, terms = Objective.from_params(params)(Signals(student, None, teacher))
+    total, terms = Objective(params)(Signals(student, None, teacher))
     assert terms.keys() == {"kd"}
     assert total.item() == pytest.approx(0.9 * 0.37834222908955456)
 
 
 def test_a_term_of_one_label_a_row_refuses_mixed_ones(student: Tensor) -> None:
-    own = Term("rank", 1.0, lambda signals: signals.labels_for("rank").double().mean(), uses_labels=True)
-    assert Objective([own])(Signals(student, LABELS))[0].item() == 1.0
+    own = Term("rank", 1.0, lambda signals: signals.labels_for("rank").double().mean(), labels="one")
+    assert objective_of(own)(Signals(student, LABELS))[0].item() == 1.0
     mixed = Signals(student, LABELS, None, LABELS, torch.ones(2))
     with pytest.raises(ConfigError, match=r"loss term 'rank' takes one label a row, .* set data.augment.mixup=0 and"):
-        Objective([own])(mixed)
+        objective_of(own)(mixed)
 
 
 @pytest.mark.parametrize(

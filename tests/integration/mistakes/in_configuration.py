@@ -80,6 +80,36 @@ def _(place: Place) -> list[str]:
     return ["evaluate"]
 
 
+@mistake("a correlation of seven rows")
+def _(place: Place) -> list[str]:
+    return place.distill("loss=dist", "train.batch_size=7")
+
+
+@mistake("a coefficient of PTLoss that is too small")
+def _(place: Place) -> list[str]:
+    return place.distill("loss=ptloss", "loss.perturbation=[0.5,-0.6]")
+
+
+@mistake("a file of coefficients that is not there")
+def _(place: Place) -> list[str]:
+    return place.distill("loss=ptloss", "loss.perturbation_file=nobody.json")
+
+
+@mistake("a schedule of no key")
+def _(place: Place) -> list[str]:
+    return place.distill("loss.schedule.temprature={to: 1}")
+
+
+@mistake("an unknown part of a loss")
+def _(place: Place) -> list[str]:
+    return place.distill("loss=combined", "loss.parts={kdd: {}}")
+
+
+@mistake("mixed images for a loss of one label a row")
+def _(place: Place) -> list[str]:
+    return place.distill("loss=dkd", "data.augment.mixup=0.2")
+
+
 @mistake("a password in `tracking.uri`")
 def _(place: Place) -> list[str]:
     return place.distill("tracking.uri=http://me:secret@127.0.0.1:9")

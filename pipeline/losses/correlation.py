@@ -1,0 +1,197 @@
+"""Pearson's correlation of rows and columns, with gradients that stay finite where one is constant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pipeline.losses.chunks import row_chunks
+from pipeline.losses.objective import Logits, widen
+
+SMOOTH_FLOOR = 1e-4
+PUBLISHED_FLOOR = 1e-8
+
+
+def pearson(u: Logits, v: Logits, *, floor: float = SMOOTH_FLOOR, additive: bool = False) -> Float[Tensor, " batch"]:
+    """How linear the relation of two rows is, whatever their scale and offset.
+
+    ``<a, b> / (sqrt(|a|^2 + floor^2) sqrt(|b|^2 + floor^2))`` with ``a``, ``b`` the rows less their means. The
+    floor bounds the gradient by 1/floor where a row is constant.
+
+    Args:
+        u: (B, C), anything.
+        v: (B, C), anything.
+        floor: > 0, in the units of ``u`` and ``v``.
+        additive: divide by ``|a| |b| + floor`` instead, as DIST's code does with 1e-8; there the gradient of a
+            nearly constant row grows without bound.
+
+    Returns:
+        (B,) in [-1, 1], 0 where a row is constant.
+
+    ``v`` is detached; differentiable once.
+    """
+    return _Pearson.apply(widen(u), widen(v.detach()), floor, additive)
+
+
+class _Pearson(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, v: Tensor, floor: float, additive: bool) -> Tensor:
+        a = u - u.mean(dim=1, keepdim=True)
+        b = v - v.mean(dim=1, keepdim=True)
+        sums = u.new_empty((3, len(u)))
+        for rows in row_chunks(a):
+            _products(a[rows], b[rows], 1, sums[:, rows])
+        rho, along_b, along_a = _correlate(sums, floor, additive)
+        ctx.save_for_backward(a, b, along_a, along_b)
+        return rho
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        a, b, along_a, along_b = ctx.saved_tensors
+        gradient = torch.empty_like(a)
+        for rows in row_chunks(a):
+            torch.mul(b[rows], (grad * along_b)[rows, None], out=gradient[rows])
+            gradient[rows].addcmul_(a[rows], (grad * along_a)[rows, None])
+        return gradient, None, None, None
+
+
+def _correlate(sums: Tensor, floor: float, additive: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Correlations, and the numbers with which their gradient is ``along_b * b + along_a * a``, from ``_products``."""
+    products, norms_a, norms_b = sums
+    if additive:
+        divisor = norms_a * norms_b + floor
+        rho = products / divisor
+        along_a = torch.where(norms_a > 0, -rho * norms_b / (divisor * norms_a), 0)
+    else:
+        floored_a, floored_b = norms_a.hypot(norms_a.new_tensor(floor)), norms_b.hypot(norms_b.new_tensor(floor))
+        divisor = floored_a * floored_b
+        rho = products / divisor
+        along_a = -rho / floored_a.square()
+    return rho, 1 / divisor, along_a
+
+
+def softmax_correlations(
+    student_logits: Logits,
+    teacher_logits: Logits,
+    *,
+    temperature: float,
+    floor: float = SMOOTH_FLOOR,
+    additive: bool = False,
+    rows: bool = True,
+    columns: bool = True,
+) -> tuple[Float[Tensor, " batch"] | None, Float[Tensor, " classes"] | None]:
+    """Correlations of softened probabilities: of the classes in each row, of the rows in each class.
+
+    ``pearson(p, q)`` and ``pearson(p.T, q.T)`` of ``p``, ``q``, the softmax of student's and teacher's logits over
+    ``temperature``, in one go for both.
+
+    Args:
+        student_logits: (B, C) logits.
+        teacher_logits: (B, C) logits; a constant added to a row changes nothing.
+        temperature: > 0.
+        floor: > 0, probability; see ``pearson``. The norm of a column of 1,000 classes is some 3e-3.
+        additive: see ``pearson``.
+        rows: whether to compute the first; otherwise it is none.
+        columns: whether to compute the second; otherwise it is none.
+
+    Returns:
+        (B,) and (C,) in [-1, 1]. With fewer than three rows the columns' are -1 or 1 and have no gradient.
+
+    The teacher is detached; differentiable once.
+    """
+    return _SoftmaxCorrelations.apply(
+        widen(student_logits), widen(teacher_logits.detach()), temperature, floor, additive, rows, columns
+    )
+
+
+class _SoftmaxCorrelations(torch.autograd.Function):
+    """Keeps ``a``, ``b``: probabilities less 1/C, so centred in each row, and not yet in each column.
+
+    The gradient for ``a`` is ``a * (row + column) + b * (row + column)`` less a number a column, with two numbers a
+    row and two a column; then that of the softmax follows.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        temperature: float,
+        floor: float,
+        additive: bool,
+        rows: bool,
+        columns: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        ctx.temperature, ctx.rows, ctx.columns = temperature, rows, columns
+        ctx.set_materialize_grads(False)
+        a, b = torch.empty_like(student), torch.empty_like(student)
+        row_sums = student.new_empty((3, len(student)))
+        for part in row_chunks(student):
+            _centred_softmax(student[part], temperature, a[part])
+            _centred_softmax(teacher[part], temperature, b[part])
+            if rows:
+                _products(a[part], b[part], 1, row_sums[:, part])
+        rho_rows = rho_columns = None
+        saved: list[Tensor] = []
+        if rows:
+            rho_rows, *factors = _correlate(row_sums, floor, additive)
+            saved += factors
+        if columns:
+            means = a.mean(dim=0), b.mean(dim=0)
+            column_sums = student.new_zeros((3, student.shape[1]))
+            for part in row_chunks(student):
+                sums = torch.empty_like(column_sums)
+                _products(a[part] - means[0], b[part] - means[1], 0, sums, squared=True)
+                column_sums += sums
+            column_sums[1:].sqrt_()
+            rho_columns, *factors = _correlate(column_sums, floor, additive)
+            saved += [*means, *factors]
+        ctx.save_for_backward(a, b, *saved)
+        return rho_rows, rho_columns
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor | None, grad_columns: Tensor | None) -> tuple[Tensor | None, ...]:
+        a, b, *saved = ctx.saved_tensors
+        along_a = along_b = offset = None
+        if ctx.rows:
+            b_by_row, a_by_row = saved[:2]
+            if grad_rows is not None:
+                along_b, along_a = (grad_rows * b_by_row)[:, None], (grad_rows * a_by_row)[:, None]
+        if ctx.columns and grad_columns is not None:
+            mean_a, mean_b, b_by_column, a_by_column = saved[-4:]
+            b_by_column, a_by_column = grad_columns * b_by_column, grad_columns * a_by_column
+            offset = mean_a * a_by_column + mean_b * b_by_column
+        gradient = torch.empty_like(a)
+        for part in row_chunks(a):
+            out = gradient[part]
+            if along_a is None or along_b is None:
+                out.zero_()
+            else:
+                torch.mul(a[part], along_a[part], out=out).addcmul_(b[part], along_b[part])
+            if offset is not None:
+                out.addcmul_(a[part], a_by_column).addcmul_(b[part], b_by_column).sub_(offset)
+            probabilities = a[part] + 1 / a.shape[1]
+            expected = (out * probabilities).sum(dim=1, keepdim=True)
+            out.sub_(expected).mul_(probabilities.div_(ctx.temperature))
+        return gradient, None, None, None, None, None, None
+
+
+def _centred_softmax(logits: Tensor, temperature: float, out: Tensor) -> None:
+    torch.softmax(logits / temperature, dim=1, out=out).sub_(1 / logits.shape[1])
+
+
+def _products(a: Tensor, b: Tensor, dim: int, out: Tensor, squared: bool = False) -> None:
+    """Sums along ``dim``: ``a * b``, and the norms of both, or their squares."""
+    scratch = a * b
+    out[0] = scratch.sum(dim=dim)
+    for index, values in ((1, a), (2, b)):
+        if squared:
+            out[index] = torch.mul(values, values, out=scratch).sum(dim=dim)
+        else:
+            out[index] = torch.linalg.vector_norm(values, dim=dim)
