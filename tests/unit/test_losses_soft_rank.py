@@ -169,6 +169,7 @@ for strength in (0.05, 0.3, 2.0):
 """
 
 
+@pytest.mark.slow  # the interpreter takes a quarter of a minute
 def test_the_gpus_kernels_agree_with_the_cpus() -> None:
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
