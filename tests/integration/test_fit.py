@@ -32,7 +32,8 @@ from pipeline.training import (
 )
 from tests.integration.audit import SEED, TracedParams, make_stream
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+# Up to three fits a test, on a machine that may be busy.
+pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(900)]
 
 DATA = TracedParams()
 SOURCE = DATA.open()
