@@ -2,8 +2,7 @@
 
     python -m tests.bench.losses [--device cuda] [--rounds 5] [--threads 1]
 
-For each size the losses take turns, round by round. On a CPU the figures are ratios to ``kl_divergence``, of the
-soft rank also to ``torch.sort``; on a GPU times as well.
+For each size the losses take turns, round by round. It replaces its part of tests/bench/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from pipeline.losses.dkd import DKDParams
 from pipeline.losses.kd import KDParams
 from pipeline.losses.ptloss import PTLossParams
 from pipeline.losses.soft_rank import soft_rank
-from tests.bench.measure import Series, ratio, say, table, verdict
+from tests.bench.measure import Series, ratio, say, table, verdict, write_section
 
 SIZES = ((1024, 100), (1024, 1000), (256, 10_000))
 LOSSES: dict[str, tuple[LossParams, float | None]] = {
@@ -53,8 +52,12 @@ def main() -> None:
     for batch, classes in SIZES:
         with say(f"{batch} x {classes}"):
             rows += _measure(batch, classes, device, arguments.rounds)
-    print(f"{arguments.rounds} interleaved rounds on {device}, {arguments.threads} threads; median (range).")
-    print(table(("batch x classes", "loss", "ms", "CPU ms", "ratio of ms", "ratio of CPU ms", "at most"), rows))
+    columns = ("batch x classes", "loss", "ms", "CPU ms", "ratio of ms", "ratio of CPU ms", "at most")
+    text = (
+        f"Forward and backward without labels, {arguments.rounds} interleaved rounds on {device}, torch threads: "
+        f"{arguments.threads}. Median and range. Ratios are to `kd` by plain autograd, of the soft rank to a sort."
+    )
+    write_section("losses" if device.type == "cpu" else "losses-gpu", f"{text}\n\n{table(columns, rows)}")
 
 
 def _measure(batch: int, classes: int, device: torch.device, num_rounds: int) -> list[list[str]]:

@@ -16,7 +16,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
-SECTIONS = ("steady", "simulated", "epochs", "start", "memory", "cifar100", "cifar10h", "gaussian_scores")
+SECTIONS = (
+    "steady",
+    "simulated",
+    "epochs",
+    "start",
+    "memory",
+    "cifar100",
+    "losses",
+    "losses-gpu",
+    "cifar10h",
+    "gaussian_scores",
+)
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 # What a process of the tree does, by what its command line says; the first match counts.
