@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ray.train.v2._internal.exceptions import CheckpointManagerInitializationError
 from torch import Tensor, nn
 
 from pipeline.cluster.train import committed_folder
 from pipeline.contracts.checkpoints import read_cursor
 from pipeline.contracts.columns import InputSpec
+from pipeline.errors import CheckpointError
 
 COMMIT_TIMEOUT_S = 60.0
 
@@ -77,9 +79,20 @@ class Recording(nn.Module):
 
 
 def committed_cursor(storage: str) -> int:
-    """Blocks consumed at the last checkpoint that Ray Train has committed."""
-    folder = committed_folder(storage)
-    return 0 if folder is None else read_cursor(folder)
+    """Blocks consumed at the last checkpoint that Ray Train has committed.
+
+    Ray writes its record in place and then deletes what it no longer names, so whoever reads while it runs may find
+    half of a record, or one of a checkpoint that is gone: then the next look finds it whole.
+    """
+    deadline = time.monotonic() + COMMIT_TIMEOUT_S
+    while True:
+        try:
+            folder = committed_folder(storage)
+            return 0 if folder is None else read_cursor(folder)
+        except (CheckpointManagerInitializationError, CheckpointError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)  # between two looks
 
 
 def wait_for_commit(storage: str, cursor: int) -> None:
