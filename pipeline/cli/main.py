@@ -113,6 +113,19 @@ examples:
 """,
     ),
     Command(
+        "select-perturbation",
+        "select PTLoss's coefficients from the teacher's validation logits, before anything is trained",
+        "pipeline.stages.select_perturbation:select_perturbation",
+        """\
+usual keys: teacher=..., teacher.checkpoint, data=..., selection.scope=shared|group|class, selection.num_groups,
+  selection.fit_temperature=true, run.dir; loss=ptloss loss.perturbation_from=auto does it at the start of distill
+
+examples:
+  python -m pipeline select-perturbation teacher=resnet20 teacher.checkpoint=runs/teacher run.dir=runs/selection
+  python -m pipeline distill teacher.checkpoint=runs/teacher loss=ptloss loss.perturbation_from=runs/selection
+""",
+    ),
+    Command(
         "doctor",
         "check this machine: versions, folders, Ray, accelerators, tracking server",
         "pipeline.stages.doctor:doctor",

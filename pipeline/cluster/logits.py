@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.cluster.stream import StreamPlan, build_stream, segments
 from pipeline.cluster.tasks import find_pipeline_error
 from pipeline.contracts.columns import BLOCK, SAMPLE_ID, TEACHER_LOGITS
+from pipeline.data.bad_rows import NO_SAMPLE
 from pipeline.data.logits import save_logits
 from pipeline.errors import StreamError
 
@@ -64,4 +65,7 @@ def iterate_pool_logits(plan: StreamPlan, num_rows: int) -> Iterator[tuple[np.nd
 
 def _gather(wrapped: dict[str, Any], num_rows: int, path: str) -> None:
     blocks = iterate_pool_logits(wrapped["plan"], num_rows)
-    save_logits(Path(path), np.concatenate([logits for _, logits in blocks]))
+    # Those of a row that could not be decoded mean nothing.
+    save_logits(
+        Path(path), np.concatenate([np.where(ids[:, None] == NO_SAMPLE, np.nan, logits) for ids, logits in blocks])
+    )

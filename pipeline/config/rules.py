@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 from pipeline.config.schema import Config
 
-# Commands whose run learns from the teacher in the configuration.
-_LEARNS_FROM_TEACHER = frozenset({"distill", "validate"})
+# Commands that ask the teacher, whatever the loss is, and train nothing.
+TEACHER_ONLY = frozenset({"select-perturbation"})
+# Commands whose teacher is the one in the configuration, and not that of a run.
+_TAKES_TEACHER = TEACHER_ONLY | {"distill", "validate"}
 # Rows of a block below which their correlation within a class is mostly chance.
 _MIN_GROUP_ROWS = 8
 
@@ -34,21 +36,28 @@ def check_rules(config: Config, command: str | None) -> list[Problem]:
     """Everything in a valid configuration that cannot work together under ``command``; nothing without one."""
     if command is None:
         return []
-    return [problem for rule in _RULES for problem in rule(config, command)]
+    rules = _RULES if command in TEACHER_ONLY else _RULES + _TRAINING_RULES
+    return [problem for rule in rules for problem in rule(config, command)]
+
+
+def asks_teacher(config: Config, command: str) -> bool:
+    """Whether a run of ``command`` asks a teacher for logits."""
+    return command in TEACHER_ONLY or (command != "train-teacher" and config.loss.needs_teacher)
 
 
 def _teacher_is_given(config: Config, command: str) -> Iterator[Problem]:
-    if not config.loss.needs_teacher:
-        return
-    if command == "train-teacher":
+    if command == "train-teacher" and config.loss.needs_teacher:
         yield Problem(
             "loss", f"{config.loss.name} learns from a teacher, but train-teacher makes one; use loss=cross_entropy"
         )
-    if command in _LEARNS_FROM_TEACHER and not config.teacher.has_weights:
+    if command in _TAKES_TEACHER and asks_teacher(config, command) and not config.teacher.has_weights:
+        need, otherwise = f"loss={config.loss.name} learns from a teacher", ", or use loss=cross_entropy"
+        if command in TEACHER_ONLY:
+            need, otherwise = f"{command} asks one", ""
         yield Problem(
             "teacher.checkpoint",
-            f"not set, but loss={config.loss.name} learns from a teacher; train one with `python -m pipeline "
-            "train-teacher` and give teacher.checkpoint=<its run folder>, or use loss=cross_entropy",
+            f"not set, but {need}; train one with `python -m pipeline train-teacher` and give "
+            f"teacher.checkpoint=<its run folder>{otherwise}",
         )
 
 
@@ -80,7 +89,7 @@ def _one_worker(config: Config, command: str) -> Iterator[Problem]:
 def _selection_metric(config: Config, command: str) -> Iterator[Problem]:
     from pipeline.evaluation.metrics import METRIC_DIRECTIONS, TEACHER_METRICS
 
-    has_teacher = config.loss.needs_teacher and command != "train-teacher"
+    has_teacher = asks_teacher(config, command)
     known = [f"val/{name}" for name in METRIC_DIRECTIONS if has_teacher or name not in TEACHER_METRICS]
     given = config.train.select_by
     if given not in known:
@@ -151,9 +160,10 @@ def _no_password(config: Config, command: str) -> Iterator[Problem]:
             yield Problem(path, f"expected an address such as {example}")
 
 
-_RULES: tuple[Callable[[Config, str], Iterator[Problem]], ...] = (
-    _teacher_is_given,
-    _source_exists,
+_Rules = tuple[Callable[[Config, str], Iterator[Problem]], ...]
+
+_RULES: _Rules = (_teacher_is_given, _source_exists, _no_password)
+_TRAINING_RULES: _Rules = (
     _blocks_per_step,
     _one_worker,
     _selection_metric,
@@ -161,5 +171,4 @@ _RULES: tuple[Callable[[Config, str], Iterator[Problem]], ...] = (
     _synchronised_batchnorm,
     _group_is_large_enough,
     _labels_may_be_mixed,
-    _no_password,
 )

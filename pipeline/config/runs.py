@@ -203,6 +203,8 @@ def open_run(
 
 def default_run_name(config: Config, command: str = "distill") -> str:
     """``digits/small_cnn<-resnet20/kd/s0``, without the teacher where none is used."""
+    if command == "select-perturbation":
+        return f"{config.data.name}/{_network(config.teacher)}/perturbation-{config.selection.scope}/s{config.run.seed}"
     if command == "train-teacher":
         network = f"teacher-{_network(config.teacher)}"
     elif config.loss.needs_teacher:

@@ -17,7 +17,7 @@ from pipeline.registry import Params, Registry
 
 if TYPE_CHECKING:
     from pipeline.data import DataParams
-    from pipeline.evaluation import EvaluationParams
+    from pipeline.evaluation import EvaluationParams, SelectionParams
     from pipeline.losses import LossParams
     from pipeline.models import ModelParams, TeacherParams
     from pipeline.training import TrainParams
@@ -81,6 +81,7 @@ class Config(Params):
         loss: LossParams
         train: TrainParams
         evaluation: EvaluationParams
+        selection: SelectionParams
         cluster: ClusterParams
         tracking: TrackingParams
 
@@ -122,7 +123,7 @@ def teacher_classes() -> dict[str, type[Params]]:
 def config_class() -> type[Config]:
     """The ``Config`` over everything that is registered; imports data, losses, models and training."""
     from pipeline.data import DATASETS
-    from pipeline.evaluation import EvaluationParams
+    from pipeline.evaluation import EvaluationParams, SelectionParams
     from pipeline.losses import LOSSES
     from pipeline.models import MODELS
     from pipeline.training import TrainParams
@@ -135,6 +136,7 @@ def config_class() -> type[Config]:
         "loss": (_union(_entries(LOSSES)), ...),
         "train": (TrainParams, TrainParams()),
         "evaluation": (EvaluationParams, EvaluationParams()),
+        "selection": (SelectionParams, SelectionParams()),
         "cluster": (ClusterParams, ClusterParams()),
         "tracking": (TrackingParams, TrackingParams()),
     }

@@ -23,6 +23,7 @@ EventKind = Literal[
     "step",  # step, epoch, samples, metrics (train/...); samples_per_s, data_wait (share of wall time, 0..1)
     "evaluation",  # split, step, epoch, metrics (val/... or test/...), per_class {class name: accuracy}, best
     "checkpoint",  # step, best
+    "selection",  # verdict (a sentence), metrics (selection/...) of the coefficients selected for a loss
     "pool",  # actor, rows, rows_per_s, busy (share of wall time, 0..1)
     "system",  # process, rss_bytes, cpu_s, gpu_bytes (on a GPU: the most that was allocated)
     "warning",  # message

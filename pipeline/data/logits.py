@@ -12,7 +12,10 @@ from pipeline.errors import DataError
 
 
 def save_logits(path: Path, logits: np.ndarray) -> None:
-    """Writes (rows, num_classes) float32 logits in order of sample id: whole or not at all."""
+    """Writes (rows, num_classes) float32 logits in order of sample id, NaN for rows that could not be decoded.
+
+    The file is written whole or not at all.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
     with os.fdopen(handle, "wb") as file:

@@ -15,6 +15,8 @@ from pipeline.data.decode import Decoder, SourceFile, name_row
 from pipeline.data.rows import RowGroups, RowSet
 from pipeline.errors import DataError
 
+_LABELS_AT_ONCE = 4096  # rows come with their pixels
+
 
 class SplitReader(ABC):
     """Reads rows of one split, in any process.
@@ -56,6 +58,13 @@ class SplitReader(ABC):
         Raises:
             DataError: an id is not of this split, or a file cannot be read.
         """
+
+    def read_labels(self) -> np.ndarray:
+        """(N,) int64 labels of the whole split in the order of its ids; NO_LABEL where there is none."""
+        parts = (
+            self.read(self.sample_ids[at : at + _LABELS_AT_ONCE]) for at in range(0, self.num_rows, _LABELS_AT_ONCE)
+        )
+        return np.concatenate([part[LABEL].to_numpy() for part in parts])
 
 
 class TableReader(SplitReader):

@@ -83,6 +83,28 @@ def select_perturbation(teacher_logits: np.ndarray, labels: np.ndarray, params: 
     return _judge(rows, whole, crossed, template, params, num_free=int(is_free.sum()))
 
 
+def check_size(num_rows: int, num_classes: int, params: SelectionParams) -> None:
+    """Refuses what coefficients cannot be selected from.
+
+    Args:
+        num_rows: of validation.
+
+    Raises:
+        DataError: too few rows.
+        ConfigError: ``class_groups`` for another number of classes.
+    """
+    if num_rows < MIN_ROWS:
+        raise DataError(
+            f"{num_rows} validation rows are too few to select coefficients from: at least {MIN_ROWS} are needed, and "
+            "500 are advisable."
+        )
+    if params.class_groups and len(params.class_groups) != num_classes:
+        raise ConfigError(
+            f"class_groups has {len(params.class_groups)} numbers but the teacher has {num_classes} classes: give the "
+            "super-class of each class."
+        )
+
+
 def split_halves(labels: np.ndarray, seed: int) -> np.ndarray:
     """(N,) 0 or 1, at random but with half of every class in each."""
     order = np.random.default_rng(seed).permutation(len(labels))
@@ -125,8 +147,7 @@ def _judge(
     scores, gain_over_scaling = _compare(rows, fitted, cross_fitted, (0, 1, num_kept + params.fit_temperature), params)
     return Selection(
         params=params,
-        perturbation=perturbation,
-        temperature=whole.temperature,
+        perturbation=perturbation.model_copy(update={"teacher_temperature": whole.temperature}),
         beats_zero=bool(kept.any()),
         verdict=_verdict(groups),
         num_rows=len(rows),
@@ -152,20 +173,11 @@ def _check(logits: np.ndarray, labels: np.ndarray, params: SelectionParams) -> N
             f"labels of shape {labels.shape} and type {labels.dtype} for {num_rows} rows of validation logits: "
             "expected one class number a row."
         )
-    if num_rows < MIN_ROWS:
-        raise DataError(
-            f"{num_rows} validation rows are too few to select coefficients from: at least {MIN_ROWS} are needed, and "
-            "500 are advisable."
-        )
+    check_size(num_rows, num_classes, params)
     if labels.min() < 0 or labels.max() >= num_classes:
         raise DataError(
             f"validation labels run from {labels.min()} to {labels.max()} but the teacher has {num_classes} classes: "
             "select with the data that the teacher was trained for."
-        )
-    if params.class_groups and len(params.class_groups) != num_classes:
-        raise ConfigError(
-            f"class_groups has {len(params.class_groups)} numbers but the teacher has {num_classes} classes: give the "
-            "super-class of each class."
         )
 
 

@@ -117,8 +117,6 @@ class Selection(Params):
 
     params: SelectionParams
     perturbation: Perturbation
-    temperature: float
-    """That the teacher's logits are to be divided by before they are perturbed; 1 unless one was to be fitted."""
     beats_zero: bool
     verdict: str
     """In a sentence."""

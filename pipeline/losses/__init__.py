@@ -4,5 +4,6 @@ A loss is one module here: its function, and a parameter model registered under 
 """
 
 from pipeline.losses.objective import LOSSES, LossParams, Objective, Signals, TeacherNeed, Term
+from pipeline.losses.perturbation import Perturbation
 
-__all__ = ["LOSSES", "LossParams", "Objective", "Signals", "TeacherNeed", "Term"]
+__all__ = ["LOSSES", "LossParams", "Objective", "Perturbation", "Signals", "TeacherNeed", "Term"]

@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.errors import ConfigError
 from pipeline.losses.cross_entropy import label_term
 from pipeline.losses.objective import LOSSES, LossParams, Signals, TeacherNeed, Term
+from pipeline.losses.perturbation import Perturbation
 
 # Validated like what is given.
 _DEFAULT_PARTS: Any = {"kd": {}, "cmkd": {}}
@@ -46,6 +47,14 @@ class CombinedParams(LossParams):
     @property
     def couples_batch(self) -> bool:
         return any(part.couples_batch for part in self.parts.values())
+
+    @property
+    def wants_perturbation(self) -> bool:
+        return any(part.wants_perturbation for part in self.parts.values())
+
+    def with_perturbation(self, perturbation: Perturbation) -> Self:
+        parts = {name: part.with_perturbation(perturbation) for name, part in self.parts.items()}
+        return self.model_copy(update={"parts": parts})
 
     @property
     def changes(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 import torch
 from jaxtyping import Float, Int64
@@ -15,6 +15,9 @@ from torch import Tensor
 from pipeline.errors import ConfigError, ModelError
 from pipeline.losses.schedule import Schedule, check_schedules
 from pipeline.registry import Params, Registry
+
+if TYPE_CHECKING:  # it is made of what is here
+    from pipeline.losses.perturbation import Perturbation
 
 Logits = Float[Tensor, "batch classes"]
 Labels = Int64[Tensor, " batch"]
@@ -147,6 +150,15 @@ class LossParams(Params):
     def at(self, progress: float) -> Self:
         """The parameters after a share ``progress`` of training, 0 to 1."""
         return self.model_copy(update=self.scheduled(progress)) if self.schedule else self
+
+    @property
+    def wants_perturbation(self) -> bool:
+        """Whether coefficients are to be selected from the teacher's validation logits when a run begins."""
+        return False
+
+    def with_perturbation(self, perturbation: Perturbation) -> Self:
+        """The parameters with the coefficients that were selected, where they want some."""
+        return self
 
     @property
     def needs_teacher(self) -> bool:

@@ -21,6 +21,8 @@ from pipeline.registry import Params
 Coefficients = Float[Tensor, "*rows powers"]
 
 MAX_GROUPS = 8
+IN_RUN = Path("selection", "perturbation.json")
+"""Where the run of a command keeps what it selected."""
 
 
 def check_coefficients(coefficients: tuple[float, ...], where: str = "") -> None:
@@ -58,6 +60,8 @@ class Perturbation(Params):
     """Kind ``confidence``: inner bounds of the groups, increasing in (0, 1); an edge belongs to the group below."""
     class_groups: tuple[int, ...] = ()
     """Kind ``superclass``: the group of each class."""
+    teacher_temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """What the teacher's logits are divided by before they are perturbed; a row's group is not touched by it."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -153,15 +157,19 @@ class Perturbation(Params):
     def read(cls, path: Path) -> Self:
         """What ``write`` wrote.
 
+        Args:
+            path: of the file, or of the folder of a run that selected coefficients.
+
         Raises:
             ConfigError: the file cannot be read, or its content is no perturbation.
         """
+        file = path / IN_RUN if path.is_dir() else path
         try:
-            return cls.model_validate_json(path.read_bytes())
+            return cls.model_validate_json(file.read_bytes())
         except OSError as error:
             raise ConfigError(
-                f"the perturbation file {path} cannot be read ({error.strerror}): give a file that "
-                "select-perturbation wrote."
+                f"the perturbation file {file} cannot be read ({error.strerror}): give a run of select-perturbation "
+                "that has finished, or a file that it wrote."
             ) from error
         except ValidationError as error:
             problems = "; ".join(
@@ -169,7 +177,7 @@ class Perturbation(Params):
                 for problem in error.errors()
             )
             raise ConfigError(
-                f"the perturbation file {path} is none ({problems}): give a file that select-perturbation wrote."
+                f"the perturbation file {file} is none ({problems}): give a file that select-perturbation wrote."
             ) from error
 
     def write(self, path: Path) -> None:

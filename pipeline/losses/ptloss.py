@@ -10,11 +10,14 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pipeline.errors import ConfigError
 from pipeline.losses.chunks import row_chunks
 from pipeline.losses.cross_entropy import label_term
 from pipeline.losses.objective import LOSSES, Logits, Scalar, Signals, Term, widen
 from pipeline.losses.perturbation import Coefficients, Perturbation, check_coefficients
 from pipeline.losses.softened import SoftenedLossParams
+
+AUTO = "auto"
 
 
 def perturbed_kl(
@@ -132,16 +135,17 @@ class PTLossParams(SoftenedLossParams):
 
     The default coefficients double the weight of the first power, which sharpens the teacher a little; they
     are a place to start, not the paper's, which chooses them by data. ``select-perturbation`` does that from
-    validation logits and writes the file that ``perturbation_file`` names.
+    validation logits; ``perturbation_from`` names its run, or has it done when a run begins.
     """
 
     name: Literal["ptloss"] = "ptloss"
     perturbation: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0, 0.0)
     """Coefficients eps_1, eps_2, ... shared by all classes, eps_m at least -1/m; all zero: plain distillation."""
-    perturbation_file: str | None = None
-    """Coefficients that select-perturbation wrote, instead of ``perturbation``."""
+    perturbation_from: str | None = None
+    """Instead of ``perturbation``: a run of select-perturbation, or the file with coefficients that it wrote; or
+    ``auto``: they are selected when a run begins, as ``selection`` says."""
     selected: Perturbation | None = None
-    """Content of ``perturbation_file``, read with the configuration, so that workers need not see the file."""
+    """What ``perturbation_from`` came to, read with the configuration, so that workers need not see the file."""
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Softens both sides' probabilities."""
     kd_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
@@ -151,8 +155,8 @@ class PTLossParams(SoftenedLossParams):
     @field_validator("selected")
     @classmethod
     def _read_file(cls, value: Perturbation | None, info: ValidationInfo) -> Perturbation | None:
-        file = info.data.get("perturbation_file")
-        return Perturbation.read(Path(file)) if value is None and file else value
+        place = info.data.get("perturbation_from")
+        return Perturbation.read(Path(place)) if value is None and place not in (None, AUTO) else value
 
     @field_validator("perturbation")
     @classmethod
@@ -164,18 +168,38 @@ class PTLossParams(SoftenedLossParams):
 
     @model_validator(mode="after")
     def _check_one_source(self) -> Self:
-        if self.selected and not self.perturbation_file:
-            raise ValueError("selected is filled in from perturbation_file: set that")
-        if self.perturbation_file and self.perturbation != type(self).model_fields["perturbation"].default:
-            raise ValueError("perturbation and perturbation_file are both set: leave one out")
+        if self.selected and not self.perturbation_from:
+            raise ValueError("selected is filled in from perturbation_from: set that")
+        if self.perturbation_from and self.perturbation != type(self).model_fields["perturbation"].default:
+            raise ValueError("perturbation and perturbation_from are both set: leave one out")
+        if self.perturbation_from == AUTO and (
+            self.temperature != 1 or "temperature" in self.schedule or self.standardise
+        ):
+            raise ValueError(
+                f"perturbation_from={AUTO} ranks coefficients for probabilities at temperature 1 as the teacher gives "
+                "them: leave temperature at 1 and standardise off (selection.fit_temperature=true softens the teacher)"
+            )
         return self
+
+    @property
+    def wants_perturbation(self) -> bool:
+        return self.perturbation_from == AUTO and self.selected is None
+
+    def with_perturbation(self, perturbation: Perturbation) -> Self:
+        return self.model_copy(update={"selected": perturbation}) if self.wants_perturbation else self
 
     def terms(self) -> tuple[Term, ...]:
         perturbation = self.selected or Perturbation.shared(self.perturbation)
 
         def ptloss(signals: Signals) -> Scalar:
+            if self.wants_perturbation:
+                raise ConfigError(
+                    f"perturbation_from={AUTO}: no coefficients were selected; the command distill does that when a "
+                    "run begins, elsewhere give perturbation_from a run of select-perturbation."
+                )
             student, teacher = self.logits_of(signals, "ptloss")
             coefficients = perturbation.for_rows(signals.teacher_logits_for("ptloss"))
+            teacher = teacher / perturbation.teacher_temperature
             return perturbed_kl(student, teacher, perturbation=coefficients, temperature=self.temperature)
 
         def ce(signals: Signals) -> Scalar:

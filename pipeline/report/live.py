@@ -81,6 +81,8 @@ class LiveView:
             return self._describe_stage(event)
         if event.kind == "evaluation":
             return _summarise(data) + (" (best so far)" if data.get("best") else "")
+        if event.kind == "selection":
+            return f"selection: {data.get('verdict', '')}"
         if event.kind == "warning":
             return f"warning: {data.get('message', '')}"
         if event.kind == "status":

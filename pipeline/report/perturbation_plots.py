@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from pipeline.evaluation.selection import CandidateScore, Predictor, Selection
 
-_NAMES: dict[Predictor, str] = {
+PREDICTOR_NAMES: dict[Predictor, str] = {
     "teacher": "teacher",
     "temperature_scaled": "temperature-scaled",
     "proxy": "proxy teacher",
@@ -54,7 +54,7 @@ def plot_reliability(selection: Selection) -> Figure:
     curves.plot([0, 1], [0, 1], color="#aaaaaa", linestyle="--", linewidth=1, label="perfectly calibrated")
     for score, curve in zip(selection.scores, selection.reliability, strict=True):
         style = {"color": _COLOURS[score.name], "marker": _MARKERS[score.name], "markersize": 5, "linewidth": 1.2}
-        label = f"{_NAMES[score.name]}, ECE {100 * curve.ece:.2f} %"
+        label = f"{PREDICTOR_NAMES[score.name]}, ECE {100 * curve.ece:.2f} %"
         curves.plot(curve.confidence, curve.accuracy, label=label, **style)
         counts.plot(curve.confidence, curve.num_rows, **style)
     curves.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), ylabel="accuracy in the bin")

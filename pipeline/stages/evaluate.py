@@ -8,15 +8,17 @@ from pathlib import Path
 from pipeline.config.load import load_config, take_run
 from pipeline.config.request import Request
 from pipeline.config.results import write_json, write_result
+from pipeline.config.rules import asks_teacher
 from pipeline.config.schema import Config
 from pipeline.config.stored import StoredRun, find_run, read_run
 from pipeline.contracts.columns import SplitName
 from pipeline.data.logits import save_logits
 from pipeline.errors import ConfigError
 from pipeline.models import Teacher, resolve_checkpoint
+from pipeline.stages.logits import logits_path
 from pipeline.stages.skipped import FILE_NAME, SkippedRows
 from pipeline.stages.training import metrics_table
-from pipeline.stages.work import check_labels, check_teacher, learns_from_teacher, logits_path, trained_network
+from pipeline.stages.work import check_labels, check_teacher, trained_network
 from pipeline.training import Evaluation, EvaluationSpec, compute_logits, evaluate_weights, open_test, teacher_arguments
 
 
@@ -34,7 +36,7 @@ def evaluate(request: Request) -> int:
     source = config.data.open()
     check_labels(config, source, training=False)
     _, network = trained_network(config, stored.command)
-    checked = check_teacher(config, source) if learns_from_teacher(config, stored.command) else None
+    checked = check_teacher(config, source) if asks_teacher(config, stored.command) else None
     teacher = None
     folder = stored.dir / "evaluate"
     folder.mkdir(exist_ok=True)

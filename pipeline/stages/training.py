@@ -3,94 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
 
-from pipeline.config.load import load_config
 from pipeline.config.request import Request
 from pipeline.config.results import write_json
-from pipeline.config.runs import Run, open_run
+from pipeline.config.runs import Run
+from pipeline.config.schema import Config
 from pipeline.contracts.events import Event, read_events
 from pipeline.data import DataSource
-from pipeline.errors import PipelineError, RunError
+from pipeline.losses import Perturbation
 from pipeline.models import Classifier, ModelCard, build_classifier, save_model
 from pipeline.report.tables import render_table
-from pipeline.stages.execution import Execution, open_execution, preflight_rows
-from pipeline.stages.session import RunSession, run_interruptibly, send_rest
+from pipeline.stages.execution import Execution, open_execution
+from pipeline.stages.selection import check_selection, select
+from pipeline.stages.session import RunSession
 from pipeline.stages.skipped import SkippedRows
-from pipeline.stages.work import Work, check_labels, check_teacher, learns_from_teacher, prepare_work
+from pipeline.stages.story import Story, tell
+from pipeline.stages.work import Work, check_labels, prepare_work
 from pipeline.training import BestRecord, open_test
 
 
 def run_training(request: Request, defaults: Sequence[str] = ()) -> int:
-    """Trains one network to its end, evaluates what is kept, and leaves a run folder behind.
-
-    Args:
-        defaults: overrides that the command starts from.
-
-    Raises:
-        PipelineError: with ``exit_code`` 2 in its details before work began, 1 after.
-    """
-    loaded = load_config(request, defaults)
-    source = loaded.config.data.open()
-    check_labels(loaded.config, source)
-    teacher = check_teacher(loaded.config, source) if learns_from_teacher(loaded.config, request.command) else None
-    facts = {"data": source.fingerprint, "teacher": None if teacher is None else teacher.fingerprint}
-    with open_run(request.command, loaded.config, provenance=lambda: facts, extends=loaded.extends) as run:
-        if run.finished:
-            print(f"{run.dir} is finished; train.epochs=+N extends it, run.dir=... makes another run")
-            send_rest(run, describe_dataset(source, run))
-            show_result(run)
-            return 0
-        if run.resumed:
-            check_unchanged(run, facts)
-        try:
-            work = prepare_work(run, source, teacher)
-            session = RunSession(run, describe_dataset(source, run), with_teacher=teacher is not None)
-        except BaseException:
-            run.discard()
-            raise
-        _announce(run)
-        try:
-            run_interruptibly(lambda: _carry_out(work, session), session.kill)
-        except Exception as error:
-            code = session.fail(error)
-            print(run.result_path)
-            if isinstance(error, PipelineError):
-                error.details["exit_code"] = code
-            raise
-        show_result(run)
-    return 0
+    """Trains one network to its end, evaluates what is kept, and leaves a run folder behind; see ``tell``."""
+    story = Story(_check, prepare_work, _carry_out, show_result, extend="train.epochs=+N extends it")
+    return tell(story, request, defaults)
 
 
-def check_unchanged(run: Run, facts: Mapping[str, str | None]) -> None:
-    """Refuses to go on with a run whose data or teacher are no longer what it began with.
-
-    Raises:
-        RunError: with both fingerprints.
-    """
-    recorded = run.read_provenance()
-    for name, now in facts.items():
-        if recorded.get(name) != now:
-            raise RunError(
-                f"{run.dir} began with {name} of fingerprint {recorded.get(name)}, but it now has {now}; put back what "
-                "it began with, or start a new run"
-            )
-
-
-def _announce(run: Run) -> None:
-    """How to go on with the run comes first; then who needs what."""
-    print(f"run {run.name} in {run.dir}\ngo on with it: {run.resume_command}")
-    print(
-        render_table("preflight", ("who", "how many", "each", "in all"), preflight_rows(run.config, run.command)),
-        flush=True,
-    )
+def _check(config: Config, source: DataSource) -> None:
+    check_labels(config, source)
+    if config.loss.wants_perturbation:
+        check_selection(config, source)
 
 
 def _carry_out(work: Work, session: RunSession) -> None:
-    session.start()
     with open_execution(work, session) as execution:
         session.began = True
-        best = execution.train()
+        logits = execution.logits("validation", work.source.split("validation"))
+        best = execution.train(work.spec(logits, _find_perturbation(work, logits, session)))
         classifier = keep_best(work, best)
         session.journal.emit(Event("model", {"path": str(work.run.dir / "model")}))
         metrics = dict(best.metrics)
@@ -104,6 +53,13 @@ def _carry_out(work: Work, session: RunSession) -> None:
         "samples_per_s": session.samples_per_s,
     }
     session.finish(metrics, extra)
+
+
+def _find_perturbation(work: Work, logits: Path | None, session: RunSession) -> Perturbation | None:
+    """The coefficients that the loss wants selected from the teacher's validation logits; none where it wants none."""
+    if not work.config.loss.wants_perturbation or logits is None:
+        return None
+    return select(work.config.selection, work.source, logits, session).perturbation
 
 
 def _write_evaluations(run: Run, step: int) -> None:
@@ -146,17 +102,6 @@ def evaluate_test(
     )
     session.say("evaluation", "finished")
     return result.metrics
-
-
-def describe_dataset(source: DataSource, run: Run) -> dict[str, Any]:
-    """What the tracker records of the data."""
-    data = run.config.data
-    return {
-        "name": data.name,
-        "fingerprint": source.fingerprint,
-        "num_rows": source.split("train").num_rows,
-        "path": getattr(data, "path", None) or data.name,
-    }
 
 
 def show_result(run: Run) -> None:

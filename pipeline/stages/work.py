@@ -14,6 +14,7 @@ from pipeline.config.schema import Config
 from pipeline.contracts.columns import SplitName
 from pipeline.data import BlockPlanner, DataSource, SplitReader
 from pipeline.errors import DataError
+from pipeline.losses import Perturbation
 from pipeline.models import (
     ModelParams,
     build_classifier,
@@ -63,13 +64,17 @@ class Work:
     def config(self) -> Config:
         return self.run.config
 
-    def spec(self, validation_logits: Path | None) -> RunSpec:
-        """What the workers are sent."""
+    def spec(self, validation_logits: Path | None, perturbation: Perturbation | None = None) -> RunSpec:
+        """What the workers are sent.
+
+        Args:
+            perturbation: what was selected for the loss, where it wants that.
+        """
         config = self.config
         return RunSpec(
             config.data,
             self.network,
-            config.loss,
+            config.loss if perturbation is None else config.loss.with_perturbation(perturbation),
             config.train,
             config.evaluation,
             config.run.seed,
@@ -79,22 +84,9 @@ class Work:
         )
 
 
-def logits_path(
-    run_dir: Path, teacher: CheckedTeacher, source: DataSource, split: SplitName, reader: SplitReader
-) -> Path:
-    """Where the teacher's logits on a split are kept: beside the runs, by all that they depend on."""
-    rows = hashlib.sha256(reader.sample_ids.tobytes()).hexdigest()[:12]
-    return run_dir.parent / "teacher_logits" / f"{teacher.key}-{source.fingerprint[:16]}" / f"{split}-{rows}.npy"
-
-
 def trained_network(config: Config, command: str) -> tuple[str, ModelParams]:
     """Which group's network a command trains, and its parameters."""
     return ("teacher", config.teacher) if command == "train-teacher" else ("student", config.student)
-
-
-def learns_from_teacher(config: Config, command: str) -> bool:
-    """Whether a run of ``command`` asks a teacher for logits."""
-    return command != "train-teacher" and config.loss.needs_teacher
 
 
 def check_labels(config: Config, source: DataSource, *, training: bool = True) -> None:
@@ -109,13 +101,25 @@ def check_labels(config: Config, source: DataSource, *, training: bool = True) -
     terms = config.loss.label_terms if training else ()
     if terms:
         _refuse_unlabelled(source, "train", f"loss term {' and '.join(map(repr, terms))} needs them", _advise(config))
+    check_validation_labels(config, source, "the metrics need them")
+    if config.evaluation.test:
+        _refuse_unlabelled(source, "test", "the metrics need them", "label them, or set evaluation.test=false")
+
+
+def check_validation_labels(config: Config, source: DataSource, need: str) -> None:
+    """Refuses rows of validation without label.
+
+    Args:
+        need: who needs the labels, for messages.
+
+    Raises:
+        DataError: as ``check_labels``.
+    """
     carved = "validation" in source.carved and "train" in source.unlabelled
     place = "data.files.validation" if "files" in type(config.data).model_fields else "a folder validation"
     given = f"give labelled files for it in {place}" if carved else "label them"
     origin = ", which is carved out of train" if carved else ""
-    _refuse_unlabelled(source, "validation", f"the metrics need them{origin}", given)
-    if config.evaluation.test:
-        _refuse_unlabelled(source, "test", "the metrics need them", "label them, or set evaluation.test=false")
+    _refuse_unlabelled(source, "validation", f"{need}{origin}", given)
 
 
 def _refuse_unlabelled(source: DataSource, split: SplitName, need: str, advice: str) -> None:

@@ -170,6 +170,11 @@ def _translate_checkpoint(batch: Batch, event: Event) -> None:
     batch.tags["last_checkpoint_step"] = str(_step_of(event))
 
 
+def _translate_selection(batch: Batch, event: Event) -> None:
+    batch.add_points(event, event.data.get("metrics", {}), 0)
+    batch.tags["selection"] = str(event.data.get("verdict", ""))
+
+
 def _translate_pool(batch: Batch, event: Event) -> None:
     # Actors come and go under new names; one curve of all of them is what can be read.
     values = {f"system/pool/{name}": event.data.get(name) for name in ("rows_per_s", "busy")}
@@ -201,6 +206,7 @@ _TRANSLATORS: dict[str, Callable[[Batch, Event], None]] = {
     "step": _translate_step,
     "evaluation": _translate_evaluation,
     "checkpoint": _translate_checkpoint,
+    "selection": _translate_selection,
     "pool": _translate_pool,
     "system": _translate_system,
     "warning": _translate_warning,

@@ -26,6 +26,7 @@ from pipeline.data import (
     read_blocks,
 )
 from pipeline.data.bad_rows import report_bad_rows
+from pipeline.data.decode import BAD
 from pipeline.data.logits import load_logits
 from pipeline.errors import ConfigError
 from pipeline.evaluation import EvaluationParams
@@ -133,9 +134,10 @@ def evaluate_weights(job: EvaluationSpec) -> Evaluation:
 def compute_logits(teacher: Teacher, decoder: Decoder, reader: SplitReader, batch_size: int) -> np.ndarray:
     """The teacher's logits on every row of a split: (rows, num_classes) float32 in order of sample id.
 
-    Those of a row that is left out stand in their place and mean nothing.
+    Those of a row that is left out are NaN.
     """
-    return np.concatenate([teacher(rows[INPUT]) for rows in iterate_rows(decoder, reader, 0, 1, batch_size)])
+    blocks = iterate_rows(decoder, reader, 0, 1, batch_size)
+    return np.concatenate([np.where(rows[BAD][:, None], np.nan, teacher(rows[INPUT])) for rows in blocks])
 
 
 class InProcessSource:

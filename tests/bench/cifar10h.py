@@ -85,7 +85,7 @@ def _study(
 
 def _proxy(selection: Selection, logits: np.ndarray) -> np.ndarray:
     coefficients = selection.perturbation.for_rows(torch.from_numpy(logits)).numpy()
-    return proxy_teacher(logits / selection.temperature, coefficients)
+    return proxy_teacher(logits / selection.perturbation.teacher_temperature, coefficients)
 
 
 def _measure(log_q: np.ndarray, people: np.ndarray) -> Distances:

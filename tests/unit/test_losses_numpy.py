@@ -108,7 +108,7 @@ ORACLES: list[tuple[LossParams, Callable[[Array, Array, NDArray[np.int64]], floa
     ),
     (
         PTLossParams(
-            perturbation_file="p.json", selected=Perturbation(kind="class", num_classes=5, coefficients=BY_CLASS)
+            perturbation_from="p.json", selected=Perturbation(kind="class", num_classes=5, coefficients=BY_CLASS)
         ),
         lambda s, t, y: np_ptloss(s, t, np.array(BY_CLASS), 1.0),
     ),

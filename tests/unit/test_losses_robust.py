@@ -26,7 +26,7 @@ from pipeline.losses.ptloss import PTLossParams, perturbed_kl
 BY_CONFIDENCE = Perturbation(kind="confidence", edges=(0.5, 0.9), coefficients=((0.0, 0.1), (1.0, -0.5), (-1.0, 2.0)))
 VARIANTS: list[LossParams] = [
     PTLossParams(ce_weight=0.5),
-    PTLossParams(perturbation_file="p.json", selected=BY_CONFIDENCE, temperature=2.0),
+    PTLossParams(perturbation_from="p.json", selected=BY_CONFIDENCE, temperature=2.0),
     DISTParams(),
     DISTParams(intra_weight=0, temperature=1.0),
     CMKDParams(),
@@ -192,7 +192,7 @@ def test_a_file_of_coefficients_is_read_with_the_configuration(tmp_path: Path) -
     path = tmp_path / "perturbation.json"
     BY_CONFIDENCE.write(path)
     assert [file.name for file in tmp_path.iterdir()] == ["perturbation.json"]
-    params = PTLossParams(perturbation_file=str(path))
+    params = PTLossParams(perturbation_from=str(path))
     path.unlink()
     assert params.selected == BY_CONFIDENCE
     assert PTLossParams.model_validate(params.model_dump(mode="json")) == params
@@ -201,12 +201,12 @@ def test_a_file_of_coefficients_is_read_with_the_configuration(tmp_path: Path) -
     expected = perturbed_kl(student, teacher, perturbation=BY_CONFIDENCE.for_rows(teacher))
     assert total.item() == expected.item()
     with pytest.raises(ConfigError, match=r"perturbation.json cannot be read \(No such file"):
-        PTLossParams(perturbation_file=str(path))
+        PTLossParams(perturbation_from=str(path))
     path.write_text('{"coefficients": [[-2]]}')
     with pytest.raises(ConfigError, match=r"coefficient 1 is -2.*select-perturbation wrote"):
-        PTLossParams(perturbation_file=str(path))
+        PTLossParams(perturbation_from=str(path))
     with pytest.raises(ValidationError, match="are both set"):
-        PTLossParams(perturbation=(0.5,), perturbation_file="p.json", selected=BY_CONFIDENCE)
+        PTLossParams(perturbation=(0.5,), perturbation_from="p.json", selected=BY_CONFIDENCE)
     for perturbation in ((), (-1.5,)):
         with pytest.raises(ValidationError):
             PTLossParams(perturbation=perturbation)

@@ -259,12 +259,12 @@ def test_classes_of_few_rows_keep_the_shared_coefficients() -> None:
 def test_on_top_of_a_temperature_only_what_that_leaves_is_perturbed() -> None:
     logits, labels = draw_rows(1500, 4)
     found = select(3 * logits, labels, fit_temperature=True)
-    assert found.temperature == found.scaling_temperature == pytest.approx(3, rel=0.1)
+    assert found.perturbation.teacher_temperature == found.scaling_temperature == pytest.approx(3, rel=0.1)
     assert not found.beats_zero
     assert found.scores[2].cross_fitted_score == found.scores[1].cross_fitted_score
     assert found.scores[2].num_parameters == 1
     assert found.gain_over_scaling.mean == 0
-    assert select(3 * logits, labels).temperature == 1
+    assert select(3 * logits, labels).perturbation.teacher_temperature == 1
 
 
 def test_selection_is_deterministic_and_can_be_written() -> None:

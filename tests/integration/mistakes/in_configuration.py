@@ -92,7 +92,22 @@ def _(place: Place) -> list[str]:
 
 @mistake("a file of coefficients that is not there")
 def _(place: Place) -> list[str]:
-    return place.distill("loss=ptloss", "loss.perturbation_file=nobody.json")
+    return place.distill("loss=ptloss", "loss.perturbation_from=nobody.json")
+
+
+@mistake("coefficients selected for another temperature")
+def _(place: Place) -> list[str]:
+    return place.distill("loss=ptloss", "loss.perturbation_from=auto", "loss.temperature=4")
+
+
+@mistake("`select-perturbation` without a teacher's weights")
+def _(place: Place) -> list[str]:
+    return ["select-perturbation", "data=digits", "cluster=inprocess"]
+
+
+@mistake("coefficients from a handful of rows")
+def _(place: Place) -> list[str]:
+    return place.distill("loss=ptloss", "loss.perturbation_from=auto", "data.validation_fraction=0.01")
 
 
 @mistake("a schedule of no key")

@@ -1,0 +1,48 @@
+"""Joining a Ray cluster for a run: what it needs is checked, its turn waited for, its events gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from pipeline.config.runs import Run
+from pipeline.stages.session import RunSession
+
+if TYPE_CHECKING:  # importing ray takes seconds, and not every way needs it
+    from pipeline.cluster.journal import QueueDrain
+    from pipeline.cluster.preflight import Demand
+
+
+@contextmanager
+def join_cluster(run: Run, session: RunSession, demands: Sequence[Demand], placed_by: str) -> Iterator[QueueDrain]:
+    """Connects to the cluster that ``cluster.address`` names, or to one started here, for as long as the run needs it.
+
+    Args:
+        placed_by: kind of the event by which everything that the run asked for is placed: then the next run may be.
+
+    Yields:
+        Where processes on Ray send their events.
+
+    Raises:
+        ResourceError: the cluster cannot be joined or cannot hold the run.
+    """
+    from pipeline.cluster.journal import QueueDrain
+    from pipeline.cluster.preflight import admitted, check_demand
+    from pipeline.cluster.session import ray_session
+
+    cluster = run.config.cluster
+    session.say("ray", detail="connecting to the cluster, or starting one here")
+    with ray_session(cluster.address, list(demands), run.dir / "ray.log"):
+        check_demand(list(demands), resuming=run.resumed)
+        session.say("ray", "finished")
+        with admitted(
+            list(demands), run.name, cluster.wait_s, lambda detail: session.say("placement", detail=detail)
+        ) as release:
+            session.listen(lambda event: release() if event.kind == placed_by else None)
+            drain = QueueDrain(session.skipped)
+            session.before_kill(lambda: drain.flush(0.3))
+            try:
+                yield drain
+            finally:
+                drain.close()

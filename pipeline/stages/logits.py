@@ -1,0 +1,111 @@
+"""The teacher's logits on a whole split, by the pool or in this process, kept beside the runs."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.config.schema import Config
+from pipeline.contracts.columns import SplitName
+from pipeline.contracts.events import Emitter
+from pipeline.data import DataSource, SplitReader
+from pipeline.data.logits import save_logits
+from pipeline.models import Teacher
+from pipeline.stages.pool import estimate_block_bytes, make_pool_plan, pool_device, stream_limits
+from pipeline.stages.session import RunSession
+from pipeline.stages.work import CheckedTeacher
+from pipeline.training import compute_logits, teacher_arguments
+
+if TYPE_CHECKING:  # importing ray takes seconds, and not every way needs it
+    from pipeline.cluster.stream import BlockReader, PoolPlan, StreamPlan
+
+
+def logits_path(
+    run_dir: Path, teacher: CheckedTeacher, source: DataSource, split: SplitName, reader: SplitReader
+) -> Path:
+    """Where the teacher's logits on a split are kept: beside the runs, by all that they depend on."""
+    rows = hashlib.sha256(reader.sample_ids.tobytes()).hexdigest()[:12]
+    return run_dir.parent / "teacher_logits" / f"{teacher.key}-{source.fingerprint[:16]}" / f"{split}-{rows}.npy"
+
+
+@dataclass(frozen=True)
+class LogitsHere:
+    """The teacher in this process."""
+
+    config: Config
+    source: DataSource
+    checked: CheckedTeacher
+    session: RunSession
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        return Teacher(**teacher_arguments(self.config.teacher, self.source, self.config.train.batch_size))
+
+    def compute(self, split: SplitName, reader: SplitReader) -> Path:
+        """The file with the logits of a split; what an earlier run has kept is used."""
+        path = logits_path(self.session.run.dir, self.checked, self.source, split, reader)
+        if not path.exists():
+            self.session.say("teacher logits", detail=f"{split}, {reader.num_rows:,} rows")
+            batch_size = self.config.train.batch_size
+            save_logits(path, compute_logits(self.teacher, self.source.decoder(split), reader, batch_size))
+            self.session.say("teacher logits", "finished")
+        return path
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Streams of a run on Ray, with the teacher pool where there is a teacher.
+
+    Attributes:
+        emitter: where the pool's actors record their use, and decode tasks the rows that they skip.
+    """
+
+    config: Config
+    source: DataSource
+    checked: CheckedTeacher | None
+    session: RunSession
+    emitter: Emitter
+
+    def make(self, blocks: BlockReader, split: SplitName, reader: SplitReader, blocks_per_step: int = 1) -> StreamPlan:
+        """The stream of ``blocks``, which are rows of ``reader``."""
+        from pipeline.cluster.stream import StreamPlan, share
+
+        config = self.config
+        batch_size, augment = config.train.batch_size, config.data.augment
+        return StreamPlan(
+            blocks=share(blocks),
+            batch_size=batch_size,
+            block_bytes=estimate_block_bytes(self.source.spec, batch_size, reader, with_partners=augment.mixes),
+            decoder=self.source.decoder(split),
+            augment=augment,
+            seed=config.run.seed,
+            pool=self._pool(),
+            emitter=self.emitter,
+            blocks_per_step=blocks_per_step,
+            split=split,
+            **stream_limits(config),
+        )
+
+    def compute(self, split: SplitName, reader: SplitReader) -> Path:
+        """As ``LogitsHere.compute``, by the pool."""
+        from pipeline.cluster.logits import write_pool_logits
+        from pipeline.cluster.stream import SplitBlocks, whole_split
+
+        assert self.checked is not None
+        path = logits_path(self.session.run.dir, self.checked, self.source, split, reader)
+        if not path.exists():
+            self.session.say("teacher logits", detail=f"{split}, {reader.num_rows:,} rows")
+            blocks = SplitBlocks(reader, self.config.train.batch_size)
+            write_pool_logits(whole_split(self.make(blocks, split, reader)), reader.num_rows, path)
+            self.session.say("teacher logits", "finished")
+        return path
+
+    def _pool(self) -> PoolPlan | None:
+        if self.checked is None:
+            return None
+        pool = self.config.teacher.pool
+        arguments = teacher_arguments(self.config.teacher, self.source, self.config.train.batch_size, pool_device(pool))
+        return make_pool_plan(pool, arguments, self.checked.fingerprint)

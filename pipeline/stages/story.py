@@ -1,0 +1,124 @@
+"""The story of a command that has a run folder of its own, whatever it does in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from pipeline.config.load import load_config
+from pipeline.config.request import Request
+from pipeline.config.rules import asks_teacher
+from pipeline.config.runs import Run, open_run
+from pipeline.config.schema import Config
+from pipeline.data import DataSource
+from pipeline.errors import PipelineError, RunError
+from pipeline.report.tables import render_table
+from pipeline.stages.execution import preflight_rows
+from pipeline.stages.session import RunSession, run_interruptibly, send_rest
+from pipeline.stages.work import CheckedTeacher, check_teacher
+
+WorkT = TypeVar("WorkT")
+
+
+@dataclass(frozen=True)
+class Story(Generic[WorkT]):
+    """What one command does in its run folder.
+
+    Attributes:
+        check: looks at configuration and data before there is a folder.
+        prepare: what is wrong shows here, before the run begins.
+        carry_out: the work; ends with ``RunSession.finish``.
+        show: prints the result of a finished run, and the path of ``result.json`` as the last line.
+        extend: how a finished run is gone on with, for people; empty where it cannot be.
+    """
+
+    check: Callable[[Config, DataSource], None]
+    prepare: Callable[[Run, DataSource, CheckedTeacher | None], WorkT]
+    carry_out: Callable[[WorkT, RunSession], None]
+    show: Callable[[Run], None]
+    extend: str = ""
+
+
+def tell(story: Story[WorkT], request: Request, defaults: Sequence[str] = ()) -> int:
+    """Begins the run that the request names, or goes on with it, and leaves its folder behind.
+
+    Args:
+        defaults: overrides that the command starts from.
+
+    Returns:
+        0.
+
+    Raises:
+        PipelineError: with ``exit_code`` 2 in its details before work began, 1 after.
+    """
+    loaded = load_config(request, defaults)
+    source = loaded.config.data.open()
+    story.check(loaded.config, source)
+    teacher = check_teacher(loaded.config, source) if asks_teacher(loaded.config, request.command) else None
+    facts = {"data": source.fingerprint, "teacher": None if teacher is None else teacher.fingerprint}
+    with open_run(request.command, loaded.config, provenance=lambda: facts, extends=loaded.extends) as run:
+        if run.finished:
+            print("; ".join(filter(None, (f"{run.dir} is finished", story.extend, "run.dir=... makes another run"))))
+            send_rest(run, describe_dataset(source, run))
+            story.show(run)
+            return 0
+        if run.resumed:
+            _check_unchanged(run, facts)
+        try:
+            work = story.prepare(run, source, teacher)
+            session = RunSession(run, describe_dataset(source, run), with_teacher=teacher is not None)
+        except BaseException:
+            run.discard()
+            raise
+        _announce(run)
+        try:
+            run_interruptibly(lambda: _carry_out(story, work, session), session.kill)
+        except Exception as error:
+            code = session.fail(error)
+            print(run.result_path)
+            if isinstance(error, PipelineError):
+                error.details["exit_code"] = code
+            raise
+        story.show(run)
+    return 0
+
+
+def describe_dataset(source: DataSource, run: Run) -> dict[str, Any]:
+    """What the tracker records of the data."""
+    data = run.config.data
+    return {
+        "name": data.name,
+        "fingerprint": source.fingerprint,
+        "num_rows": source.split("train").num_rows,
+        "path": getattr(data, "path", None) or data.name,
+    }
+
+
+def _carry_out(story: Story[WorkT], work: WorkT, session: RunSession) -> None:
+    session.start()
+    story.carry_out(work, session)
+
+
+def _check_unchanged(run: Run, facts: Mapping[str, str | None]) -> None:
+    """Refuses to go on with a run whose data or teacher are no longer what it began with.
+
+    Raises:
+        RunError: with both fingerprints.
+    """
+    recorded = run.read_provenance()
+    for name, now in facts.items():
+        if recorded.get(name) != now:
+            raise RunError(
+                f"{run.dir} began with {name} of fingerprint {recorded.get(name)}, but it now has {now}; put back what "
+                "it began with, or start a new run"
+            )
+
+
+def _announce(run: Run) -> None:
+    """How to go on with the run comes first; then who needs what."""
+    print(f"run {run.name} in {run.dir}\ngo on with it: {run.resume_command}")
+    print(
+        render_table("preflight", ("who", "how many", "each", "in all"), preflight_rows(run.config, run.command)),
+        flush=True,
+    )
