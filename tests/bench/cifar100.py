@@ -83,7 +83,9 @@ class _Bench:
         """Carries out a command as a user would type it; its ``result.json``, with what it cost under ``cost``."""
         folder = self.runs / name
         cost_path = self.runs / f"{name}.cost.json"
-        arguments = [*DATA, f"data.path={self._data}", *RECIPE, *overrides, f"run.dir={folder}"]
+        # A Ray of its own: one that happens to run here would be joined, and its processes not be counted.
+        own_ray = ("cluster.address=local",)
+        arguments = [*DATA, f"data.path={self._data}", *RECIPE, *own_ray, *overrides, f"run.dir={folder}"]
         self.runs.mkdir(parents=True, exist_ok=True)
         began = time.time()
         with say(name), CpuClock() as clock, (self.runs / f"{name}.txt").open("a") as output:
