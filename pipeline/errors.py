@@ -43,6 +43,10 @@ class ModelError(PipelineError):
     """A network cannot be built, or returns something that is not logits of the expected shape."""
 
 
+class CacheError(PipelineError):
+    """A cache of teacher logits is missing, stale, damaged, or cannot be written."""
+
+
 class ResourceError(PipelineError):
     """The cluster cannot hold what the run needs."""
 

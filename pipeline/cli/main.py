@@ -40,7 +40,7 @@ class Command:
 
 
 _GROUPS = """\
-Groups (--conf DIR adds your own choices): data, teacher, student, loss, train, cluster, tracking, experiment.
+Groups (--conf DIR adds your own choices): data, teacher, student, loss, train, cluster, cache, tracking, experiment.
 Every key of the configuration can be set by its path; a wrong one is answered with the nearest known.
 """
 
@@ -126,6 +126,58 @@ examples:
 """,
     ),
     Command(
+        "cache build",
+        "compute the teacher's logits of every view of every training row once, and keep them",
+        "pipeline.stages.cache_build:build_cache",
+        """\
+usual keys: teacher=..., teacher.checkpoint, teacher.pool.max, data=..., data.num_views, cache.path, cache=dense|topk,
+  cache.k, cache.dtype=float16|float32; killed and run again, it computes only what is missing
+
+examples:
+  python -m pipeline cache build teacher=resnet20 teacher.checkpoint=runs/teacher cache.path=runs/cache
+  python -m pipeline distill teacher=resnet20 teacher.checkpoint=runs/teacher cache.path=runs/cache \\
+      teacher.source=cached
+""",
+    ),
+    Command(
+        "cache info",
+        "show which caches there are, or what one of a stated size would cost",
+        "pipeline.stages.cache:show_caches",
+        """\
+usual keys: cache.path; name=NAME (of one cache: all that its logits depend on)
+plan.rows, plan.classes, plan.views: of a data set of any size; plan.teacher_rows_per_s (of one accelerator) and
+  plan.samples_per_s (that training consumes)
+
+examples:
+  python -m pipeline cache info cache.path=runs/cache
+  python -m pipeline cache info plan.rows=1281167 plan.classes=1000 plan.views=4 plan.teacher_rows_per_s=2500
+""",
+    ),
+    Command(
+        "cache verify",
+        "check every file of a cache, and compare rows with the live teacher",
+        "pipeline.stages.cache:verify_cache",
+        """\
+usual keys: as for `cache build`, then rows=1000 (compared with the teacher in this process; rows=all; rows=0);
+  or cache.path and name=NAME: without a teacher, files only
+
+examples:
+  python -m pipeline cache verify teacher=resnet20 teacher.checkpoint=runs/teacher cache.path=runs/cache
+  python -m pipeline cache verify cache.path=runs/cache name=0123456789abcdef
+""",
+    ),
+    Command(
+        "cache prune",
+        "delete a cache, or what interrupted builds have left",
+        "pipeline.stages.cache:prune_caches",
+        """\
+usual keys: cache.path, name=NAME (of the cache, or incomplete: all that are not complete)
+
+examples:
+  python -m pipeline cache prune cache.path=runs/cache name=incomplete
+""",
+    ),
+    Command(
         "doctor",
         "check this machine: versions, folders, Ray, accelerators, tracking server",
         "pipeline.stages.doctor:doctor",
@@ -146,8 +198,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
-        command = _choose(arguments[:1])
-        options = _command_parser(command).parse_intermixed_args(arguments[1:])
+        command, rest = _choose(arguments)
+        options = _command_parser(command).parse_intermixed_args(rest)
     except SystemExit as exit_request:  # argparse has printed help or the error
         return exit_request.code if isinstance(exit_request.code, int) else EXIT_BEFORE_WORK
     request = Request(command.name, tuple(options.overrides), tuple(options.conf), options.debug)
@@ -186,7 +238,8 @@ def _load_stage(command: Command) -> Callable[[], Callable[[Request], int]]:
     return load
 
 
-def _choose(arguments: Sequence[str]) -> Command:
+def _choose(arguments: Sequence[str]) -> tuple[Command, Sequence[str]]:
+    """The command, whose name may be of two words, and what follows it."""
     width = max(len(command.name) for command in COMMANDS)
     listing = "\n".join(f"  {command.name:<{width}}  {command.summary}" for command in COMMANDS)
     parser = argparse.ArgumentParser(
@@ -197,13 +250,25 @@ def _choose(arguments: Sequence[str]) -> Command:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", metavar="COMMAND", help="one of the commands below")
-    name = parser.parse_args(arguments).command
+    name = parser.parse_args(arguments[:1]).command
     commands = {command.name: command for command in COMMANDS}
+    num_words = 1
+    if any(known.startswith(f"{name} ") for known in commands):
+        num_words = 2
+        if len(arguments) < 2 or arguments[1] in ("-h", "--help"):
+            own = [
+                f"  {known:<{width}}  {command.summary}"
+                for known, command in commands.items()
+                if known.split()[0] == name
+            ]
+            print("\n".join((f"usage: python -m pipeline {name} ...", "", *own)))
+            raise SystemExit(0 if len(arguments) > 1 else EXIT_BEFORE_WORK)
+        name = f"{name} {arguments[1]}"
     if name not in commands:
         near = difflib.get_close_matches(name, commands, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(commands)}"
         parser.error(f"unknown command {name!r}; {hint}")
-    return commands[name]
+    return commands[name], arguments[num_words:]
 
 
 def _command_parser(command: Command) -> argparse.ArgumentParser:

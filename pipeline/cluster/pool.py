@@ -17,6 +17,9 @@ from pipeline.errors import CheckpointError
 _REPORT_EVERY_S = 2.0
 KEPT_COLUMNS = (BLOCK, VIEW, SAMPLE_ID, LABEL, INPUT)
 MIXED_COLUMNS = (PARTNER_LABEL, LABEL_WEIGHT)  # only where images are mixed
+ROWS_FORWARDED = (
+    "rows_forwarded"  # int64, the same in all rows of a block: rows that the teacher's forward call counted
+)
 
 
 class TeacherActor:
@@ -27,7 +30,7 @@ class TeacherActor:
             on need not import torch.
         emitter: takes a record of the pool's use every two seconds.
         num_threads: torch's CPU threads.
-        logits_only: leave the inputs out of the result.
+        logits_only: leave the inputs out of the result, and tell how many rows the teacher was asked for.
         fingerprint: what the weights must be; none: not compared.
 
     Raises:
@@ -54,6 +57,7 @@ class TeacherActor:
                 f"had {fingerprint}; put the old weights back and resume, or start a new run"
             )
         self._emitter = emitter
+        self._logits_only = logits_only
         self._columns = (BLOCK, SAMPLE_ID) if logits_only else KEPT_COLUMNS
         self._optional = () if logits_only else MIXED_COLUMNS
         self._name = f"{os.uname().nodename}:{os.getpid()}"
@@ -61,12 +65,16 @@ class TeacherActor:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         started = time.perf_counter()
+        before = self._teacher.rows_forwarded
         logits = self._teacher(batch[INPUT])
         self._busy_s += time.perf_counter() - started
         self._rows += len(logits)
         self._report()
         mixed = tuple(name for name in self._optional if name in batch)
-        return {**{name: batch[name] for name in self._columns + mixed}, TEACHER_LOGITS: logits}
+        kept = {**{name: batch[name] for name in self._columns + mixed}, TEACHER_LOGITS: logits}
+        if self._logits_only:
+            kept[ROWS_FORWARDED] = np.full(len(logits), self._teacher.rows_forwarded - before)
+        return kept
 
     def _report(self) -> None:
         elapsed = time.perf_counter() - self._since

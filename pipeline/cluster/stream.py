@@ -30,6 +30,7 @@ from pipeline.contracts.columns import BLOCK, INPUT, LABEL, LABEL_WEIGHT, PARTNE
 from pipeline.contracts.events import Emitter
 from pipeline.data import AugmentParams, BlockPlan, BlockPlanner, Decoder, SplitReader, decode_block, read_blocks
 from pipeline.data.bad_rows import report_bad_rows
+from pipeline.data.cache import LogitsDecoder, LogitsReader, PartBlocks
 
 MAX_BLOCKS_PER_TASK = 8
 MIN_BLOCKS_PER_TASK = 2
@@ -45,15 +46,34 @@ class BlockReader(Protocol):
 
 @dataclass(frozen=True)
 class TrainingBlocks:
-    """Blocks of the training split in the order of the run; ``augment`` and ``seed`` as in ``StreamPlan``."""
+    """Blocks of the training split in the order of the run.
+
+    Attributes:
+        augment, seed: as in ``StreamPlan``.
+        logits: of a cache, where they are read with the rows.
+    """
 
     reader: SplitReader
     planner: BlockPlanner
     augment: AugmentParams | None = None
     seed: int = 0
+    logits: LogitsReader | None = None
 
     def read(self, first: int, stop: int) -> pa.Table:
-        return read_blocks(self.reader, self.planner.blocks(first, stop), self.augment, self.seed)
+        return read_blocks(self.reader, self.planner.blocks(first, stop), self.augment, self.seed, self.logits)
+
+
+@dataclass(frozen=True)
+class CacheBlocks:
+    """Blocks of the rows whose logits a cache lacks; ``augment`` and ``seed`` as in ``StreamPlan``."""
+
+    reader: SplitReader
+    blocks: PartBlocks
+    augment: AugmentParams
+    seed: int
+
+    def read(self, first: int, stop: int) -> pa.Table:
+        return read_blocks(self.reader, self.blocks.plans(first, stop), self.augment, self.seed)
 
 
 @dataclass(frozen=True)
@@ -93,14 +113,15 @@ class StreamPlan:
         batch_size: rows of a block.
         block_bytes: size of a block, decoded or encoded, whichever is larger, for Ray Data's limits.
         decoder, augment, seed: what the decode tasks do.
-        pool: the teacher pool; none where no teacher is needed.
+        pool: the teacher pool; none where no teacher is needed, or its logits come with the rows.
+        logits: decodes logits that come with the rows, out of a cache.
         emitter: where the pool's actors record their use, and decode tasks the rows that they skip.
         max_read_tasks: reads in parallel.
         max_decode_tasks: decodes in parallel; none: as many as there are CPUs left.
         object_store_bytes: share of the object store for the stream; none: Ray Data's default.
         no_progress_timeout_s: how long an execution may stand still before it is an error.
         blocks_per_step: blocks of an optimizer step; the number of workers divides it.
-        logits_only: see ``whole_split``.
+        logits_only: the pool's output leaves the inputs out, and nothing stands in for a row that cannot be used.
         split: the rows are of, for the record.
     """
 
@@ -111,6 +132,7 @@ class StreamPlan:
     augment: AugmentParams
     seed: int
     pool: PoolPlan | None
+    logits: LogitsDecoder | None = None
     emitter: Any = None
     max_read_tasks: int = 2
     max_decode_tasks: int | None = None
@@ -177,8 +199,10 @@ def _decode_task(
     emitter: Emitter | None,
     split: str,
     substitute: bool,
+    logits: LogitsDecoder | None,
 ) -> dict[str, np.ndarray]:
-    return decode_block(table, decoder, augment, seed, partial(report_bad_rows, emitter, split), substitute=substitute)
+    on_bad = partial(report_bad_rows, emitter, split)
+    return decode_block(table, decoder, augment, seed, on_bad, substitute=substitute, logits=logits)
 
 
 def build_stream(plan: StreamPlan, first: int, stop: int) -> Dataset:
@@ -202,6 +226,7 @@ def build_stream(plan: StreamPlan, first: int, stop: int) -> Dataset:
             "emitter": plan.emitter,
             "split": plan.split,
             "substitute": not plan.logits_only,
+            "logits": plan.logits,
         },
         batch_size=None,
         batch_format="pyarrow",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pipeline.config.schema import Config
 
 # Commands that ask the teacher, whatever the loss is, and train nothing.
-TEACHER_ONLY = frozenset({"select-perturbation"})
+TEACHER_ONLY = frozenset({"select-perturbation", "cache build"})
 # Commands whose teacher is the one in the configuration, and not that of a run.
 _TAKES_TEACHER = TEACHER_ONLY | {"distill", "validate"}
 # Rows of a block below which their correlation within a class is mostly chance.
@@ -36,13 +36,18 @@ def check_rules(config: Config, command: str | None) -> list[Problem]:
     """Everything in a valid configuration that cannot work together under ``command``; nothing without one."""
     if command is None:
         return []
-    rules = _RULES if command in TEACHER_ONLY else _RULES + _TRAINING_RULES
+    rules = _RULES if command in TEACHER_ONLY or command.startswith("cache ") else _RULES + _TRAINING_RULES
     return [problem for rule in rules for problem in rule(config, command)]
 
 
 def asks_teacher(config: Config, command: str) -> bool:
     """Whether a run of ``command`` asks a teacher for logits."""
     return command in TEACHER_ONLY or (command != "train-teacher" and config.loss.needs_teacher)
+
+
+def uses_pool(config: Config, command: str) -> bool:
+    """Whether the teacher is asked while a run of ``command`` goes on, and not a cache."""
+    return asks_teacher(config, command) and (command in TEACHER_ONLY or config.teacher.source == "online")
 
 
 def _teacher_is_given(config: Config, command: str) -> Iterator[Problem]:
@@ -62,8 +67,43 @@ def _teacher_is_given(config: Config, command: str) -> Iterator[Problem]:
 
 
 def _source_exists(config: Config, command: str) -> Iterator[Problem]:
-    if config.teacher.source != "online":
-        yield Problem("teacher.source", f"{config.teacher.source} is not available yet; use teacher.source=online")
+    if config.teacher.source == "fill":
+        yield Problem(
+            "teacher.source", "fill is not available yet; run `cache build` first and use teacher.source=cached"
+        )
+
+
+def _cache_is_described(config: Config, command: str) -> Iterator[Problem]:
+    cached = asks_teacher(config, command) and config.teacher.source != "online"
+    if not (cached or command.startswith("cache ")):
+        return
+    if config.cache.path is None:
+        yield Problem("cache.path", "not set; give the folder that holds caches, as in cache.path=runs/cache")
+    if command in ("cache info", "cache prune"):
+        return
+    if config.data.augment.varies and config.data.num_views is None:
+        yield Problem(
+            "data.num_views",
+            "not set, but a cache holds a fixed number of augmented views; set data.num_views=4, say, and epoch e "
+            "shows view e modulo 4, or switch the augmentation off",
+        )
+
+
+def _cache_has_what_the_loss_needs(config: Config, command: str) -> Iterator[Problem]:
+    loss, cache = config.loss, config.cache
+    if cache.format != "topk" or not asks_teacher(config, command) or uses_pool(config, command):
+        return
+    if "full" in loss.needs:
+        yield Problem(
+            "cache.format",
+            f"a top-k cache lacks most of the classes that loss={loss.name} compares, and would be wrong without a "
+            "word; use cache.format=dense cache.k=null, or loss=kd, or loss=levels loss.level=topk",
+        )
+    elif len(loss.topk_temperatures) > 1:
+        temperatures = ", ".join(f"{temperature:g}" for temperature in sorted(loss.topk_temperatures))
+        yield Problem(
+            "loss", f"a top-k cache is read at one temperature, but the parts have {temperatures}; give them the same"
+        )
 
 
 def _blocks_per_step(config: Config, command: str) -> Iterator[Problem]:
@@ -149,6 +189,7 @@ def _no_password(config: Config, command: str) -> Iterator[Problem]:
             "s3://bucket/folder",
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
         ),
+        ("cache.path", config.cache.path, "s3://bucket/folder", "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
     ):
         try:
             if address is not None and holds_secret(address):
@@ -162,8 +203,9 @@ def _no_password(config: Config, command: str) -> Iterator[Problem]:
 
 _Rules = tuple[Callable[[Config, str], Iterator[Problem]], ...]
 
-_RULES: _Rules = (_teacher_is_given, _source_exists, _no_password)
+_RULES: _Rules = (_teacher_is_given, _source_exists, _cache_is_described, _no_password)
 _TRAINING_RULES: _Rules = (
+    _cache_has_what_the_loss_needs,
     _blocks_per_step,
     _one_worker,
     _selection_metric,

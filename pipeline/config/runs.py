@@ -205,6 +205,8 @@ def default_run_name(config: Config, command: str = "distill") -> str:
     """``digits/small_cnn<-resnet20/kd/s0``, without the teacher where none is used."""
     if command == "select-perturbation":
         return f"{config.data.name}/{_network(config.teacher)}/perturbation-{config.selection.scope}/s{config.run.seed}"
+    if command == "cache build":
+        return f"{config.data.name}/{_network(config.teacher)}/cache-{config.cache.format}/s{config.view_seed}"
     if command == "train-teacher":
         network = f"teacher-{_network(config.teacher)}"
     elif config.loss.needs_teacher:
@@ -353,7 +355,7 @@ def settle(config: Config) -> Config:
     values: dict[str, Any] = {}
     if config.train.blocks_per_step is None:
         values["train.blocks_per_step"] = config.cluster.num_workers
-    for section, key in (("data", "path"), ("teacher", "checkpoint"), ("student", "checkpoint")):
+    for section, key in (("data", "path"), ("teacher", "checkpoint"), ("student", "checkpoint"), ("cache", "path")):
         path = getattr(getattr(config, section), key, None)
         if isinstance(path, str) and "://" not in path:
             values[f"{section}.{key}"] = os.path.abspath(os.path.expanduser(path))

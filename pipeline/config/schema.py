@@ -17,6 +17,7 @@ from pipeline.registry import Params, Registry
 
 if TYPE_CHECKING:
     from pipeline.data import DataParams
+    from pipeline.data.cache import CacheParams
     from pipeline.evaluation import EvaluationParams, SelectionParams
     from pipeline.losses import LossParams
     from pipeline.models import ModelParams, TeacherParams
@@ -82,8 +83,14 @@ class Config(Params):
         train: TrainParams
         evaluation: EvaluationParams
         selection: SelectionParams
+        cache: CacheParams
         cluster: ClusterParams
         tracking: TrackingParams
+
+    @property
+    def view_seed(self) -> int:
+        """Seed of the augmentation."""
+        return self.run.seed if self.data.view_seed is None else self.data.view_seed
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable values of every field, defaults included."""
@@ -123,6 +130,7 @@ def teacher_classes() -> dict[str, type[Params]]:
 def config_class() -> type[Config]:
     """The ``Config`` over everything that is registered; imports data, losses, models and training."""
     from pipeline.data import DATASETS
+    from pipeline.data.cache import CacheParams
     from pipeline.evaluation import EvaluationParams, SelectionParams
     from pipeline.losses import LOSSES
     from pipeline.models import MODELS
@@ -137,6 +145,7 @@ def config_class() -> type[Config]:
         "train": (TrainParams, TrainParams()),
         "evaluation": (EvaluationParams, EvaluationParams()),
         "selection": (SelectionParams, SelectionParams()),
+        "cache": (CacheParams, CacheParams()),
         "cluster": (ClusterParams, ClusterParams()),
         "tracking": (TrackingParams, TrackingParams()),
     }

@@ -21,7 +21,7 @@ RunStatus = Literal["new", "running", "finished", "failed", "killed"]
 FORMAT_VERSION = 1
 
 # Where a run happens and what it is called; the rest is what it computes.
-_NOT_IDENTITY = ("run.dir", "run.name", "cluster", "tracking", "teacher.pool")
+_NOT_IDENTITY = ("run.dir", "run.name", "cluster", "tracking", "teacher.pool", "cache.path")
 
 
 @dataclass(frozen=True)

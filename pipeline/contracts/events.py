@@ -23,7 +23,8 @@ EventKind = Literal[
     "step",  # step, epoch, samples, metrics (train/...); samples_per_s, data_wait (share of wall time, 0..1)
     "evaluation",  # split, step, epoch, metrics (val/... or test/...), per_class {class name: accuracy}, best
     "checkpoint",  # step, best
-    "selection",  # verdict (a sentence), metrics (selection/...) of the coefficients selected for a loss
+    "rows",  # done, total, rows_per_s: of a command that goes once over rows
+    "figures",  # message (a sentence), metrics: what a stage came to, such as selection/... or cache/...
     "pool",  # actor, rows, rows_per_s, busy (share of wall time, 0..1)
     "system",  # process, rss_bytes, cpu_s, gpu_bytes (on a GPU: the most that was allocated)
     "warning",  # message
@@ -62,6 +63,35 @@ class Emitter(Protocol):
     """Anything that takes events: the journal itself, or a queue on its way to it."""
 
     def emit(self, event: Event) -> None: ...
+
+
+class RowEvents:
+    """Tells how far a pass over rows is: at most every few seconds, and at its end.
+
+    Args:
+        emitter: none: nobody is told.
+        num_rows: in all.
+    """
+
+    EVERY_S = 2.0
+
+    def __init__(self, emitter: Emitter | None, num_rows: int) -> None:
+        self._emitter, self._num_rows = emitter, num_rows
+        self._num_done, self._num_first, self._started, self._last = 0, 0, 0.0, 0.0
+
+    def advance(self, num_rows: int) -> None:
+        """So many rows more are done."""
+        if self._num_done == 0:
+            # What comes before the first rows, such as a pool that starts, says nothing about the rest.
+            self._started, self._num_first = time.perf_counter(), num_rows
+        self._num_done += num_rows
+        now = time.perf_counter()
+        if self._emitter is None or (now - self._last < self.EVERY_S and self._num_done < self._num_rows):
+            return
+        self._last = now
+        elapsed = now - self._started
+        rate = (self._num_done - self._num_first) / elapsed if self._num_done > self._num_first else None
+        self._emitter.emit(Event("rows", {"done": self._num_done, "total": self._num_rows, "rows_per_s": rate}))
 
 
 class Journal:

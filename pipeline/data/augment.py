@@ -80,6 +80,11 @@ class AugmentParams(Params):
         return self
 
     @property
+    def varies(self) -> bool:
+        """Whether two views of a sample may differ."""
+        return self.changes_inputs or self.random_resized_crop is not None or self.mixes
+
+    @property
     def changes_inputs(self) -> bool:
         """Whether ``augment`` has anything to do."""
         return self.crop_padding > 0 or self.flip or self.recolors

@@ -7,9 +7,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import numpy as np
 import pyarrow as pa
 
-from pipeline.contracts.columns import BLOCK, ENCODED, INPUT, LABEL, LABEL_WEIGHT, PARTNER_LABEL, SAMPLE_ID, VIEW
+from pipeline.contracts.columns import (
+    BLOCK,
+    ENCODED,
+    INPUT,
+    LABEL,
+    LABEL_WEIGHT,
+    PARTNER_LABEL,
+    SAMPLE_ID,
+    TEACHER_LOGITS,
+    VIEW,
+)
 from pipeline.data.augment import AugmentParams, augment, draw_boxes
 from pipeline.data.bad_rows import NO_SAMPLE, find_substitutes, refuse_all_bad
+from pipeline.data.cache import LogitsDecoder, LogitsReader
 from pipeline.data.decode import BAD, Decoder
 from pipeline.data.order import BlockPlan
 from pipeline.data.source import SplitReader
@@ -28,7 +39,11 @@ BadRows = Callable[[Mapping[int, str]], None]
 
 
 def read_blocks(
-    reader: SplitReader, plans: Iterable[BlockPlan], params: AugmentParams | None = None, seed: int = 0
+    reader: SplitReader,
+    plans: Iterable[BlockPlan],
+    params: AugmentParams | None = None,
+    seed: int = 0,
+    logits: LogitsReader | None = None,
 ) -> pa.Table:
     """Reads the rows of several blocks, still encoded, in one go.
 
@@ -36,11 +51,13 @@ def read_blocks(
         reader: of the train split.
         plans: the blocks, usually consecutive ones; at least one.
         params: augmentation, which may mix images; none: it does not.
-        seed: of the run.
+        seed: of the augmentation.
+        logits: of a cache; none: the teacher is asked, or not needed.
 
     Returns:
         The blocks' rows one after the other: the columns of ``SplitReader.read``, ``view`` int32 and ``block`` int64;
-        where images are mixed also ``partner_id``, ``partner_encoded`` and ``partner_label`` of the image mixed in.
+        where images are mixed also ``partner_id``, ``partner_encoded`` and ``partner_label`` of the image mixed in;
+        with ``logits`` also the columns that these are stored in.
     """
     plans = list(plans)
     sizes = [len(plan.sample_ids) for plan in plans]
@@ -51,7 +68,14 @@ def read_blocks(
         table = reader.read(sample_ids)
     views = np.repeat(np.array([plan.view for plan in plans], np.int32), sizes)
     positions = np.repeat(np.array([plan.position for plan in plans], np.int64), sizes)
-    return table.append_column(VIEW, pa.array(views)).append_column(BLOCK, pa.array(positions))
+    table = table.append_column(VIEW, pa.array(views)).append_column(BLOCK, pa.array(positions))
+    if logits is None:
+        return table
+    # Views repeat after those that the cache holds: planned alike, or the same where nothing is augmented.
+    stored = pa.concat_tables([logits.read(plan.view % logits.num_views, plan.sample_ids) for plan in plans])
+    for name in stored.column_names:
+        table = table.append_column(name, stored[name])
+    return table
 
 
 def _draw_partners(reader: SplitReader, plans: list[BlockPlan], seed: int) -> np.ndarray:
@@ -79,6 +103,7 @@ def decode_block(
     on_bad: BadRows | None = None,
     *,
     substitute: bool = True,
+    logits: LogitsDecoder | None = None,
 ) -> dict[str, np.ndarray]:
     """Decodes, augments and mixes one block.
 
@@ -90,18 +115,20 @@ def decode_block(
         table: the rows of one block, as ``read_blocks`` gives them.
         decoder: of the train split.
         params: augmentation.
-        seed: of the run.
+        seed: of the augmentation.
         on_bad: is told which rows were skipped, where there are some.
         substitute: put good rows in the place of bad ones; otherwise a bad row is zeros, with sample id NO_SAMPLE.
+        logits: decodes those that were read with the rows; none: there are none.
 
     Returns:
         ``sample_id`` int64, ``view`` int32, ``block`` int64, ``label`` int64, each (B,), and ``input``: uint8
         (B, C, H, W) or float32 (B, F); where images are mixed also ``partner_label`` int64 (B,) and ``label_weight``
-        float32 (B,). All writable.
+        float32 (B,); with ``logits`` also ``teacher_logits`` float32 (B, num_classes). All writable.
 
     Raises:
         StreamError: the rows belong to more than one block.
         DataError: a row cannot be used, and is not skipped or has no good one to stand in for it.
+        CacheError: a row can be used, but could not be when the cache was built.
     """
     views, positions = table[VIEW].to_numpy(), table[BLOCK].to_numpy()
     if (positions != positions[0]).any() or (views != views[0]).any():
@@ -112,12 +139,17 @@ def decode_block(
     view = int(views[0])
     sample_ids = table[SAMPLE_ID].to_numpy()
     inputs, bad = _decode(table, decoder, view, seed, params)
+    extra: dict[str, np.ndarray] = {}
+    if logits is not None:
+        extra[TEACHER_LOGITS] = logits(table, bad)
+        table = table.drop_columns(logits.columns(table))
     if bad:
         _tell(on_bad, sample_ids, bad)
         if substitute:
             refuse_all_bad(len(sample_ids), bad, int(positions[0]))
             chosen = find_substitutes(len(sample_ids), bad)
             table, inputs, sample_ids = table.take(pa.array(chosen)), inputs[chosen], sample_ids[chosen]
+            extra = {name: values[chosen] for name, values in extra.items()}
         else:
             sample_ids = sample_ids.copy()
             sample_ids[list(bad)] = NO_SAMPLE
@@ -127,6 +159,7 @@ def decode_block(
         BLOCK: positions,
         INPUT: augment(inputs, sample_ids, view, seed, params),
         LABEL: table[LABEL].to_numpy(),
+        **extra,
     }
     if params.mixes:
         columns |= _mix(table, columns, inputs, decoder, params, seed, on_bad)

@@ -21,6 +21,9 @@ class DataParams(Params):
     augment: AugmentParams = AugmentParams()
     num_views: int | None = Field(default=None, ge=1)
     """Different augmented views of a sample; epoch e shows view e modulo this. None: every epoch a new one."""
+    view_seed: int | None = Field(default=None, ge=0)
+    """Seed of the augmentation; none: that of the run. Runs of several seeds see the same views, and share a cache of
+    the teacher's logits, where it is set."""
     validation_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Share of the train files' rows that becomes validation where there are no files for it."""
     test_fraction: float = Field(default=0.2, gt=0, lt=1)

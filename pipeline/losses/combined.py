@@ -45,6 +45,10 @@ class CombinedParams(LossParams):
         return frozenset().union(*(part.needs for part in self.parts.values()))
 
     @property
+    def topk_temperatures(self) -> frozenset[float]:
+        return frozenset().union(*(part.topk_temperatures for part in self.parts.values()))
+
+    @property
     def couples_batch(self) -> bool:
         return any(part.couples_batch for part in self.parts.values())
 

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from pipeline.losses.cross_entropy import label_term
-from pipeline.losses.objective import LOSSES, Logits, Scalar, Signals, Term, widen
+from pipeline.losses.objective import LOSSES, Logits, Scalar, Signals, TeacherNeed, Term, widen
 from pipeline.losses.softened import SoftenedLossParams
 
 
@@ -48,6 +48,15 @@ class KDParams(SoftenedLossParams):
     kd_weight: float = Field(default=0.9, ge=0, allow_inf_nan=False)
     ce_weight: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     """0: no labels are needed."""
+
+    @property
+    def needs(self) -> frozenset[TeacherNeed]:
+        # Its sum over the classes is ruled by the largest probabilities, as long as these are the teacher's own.
+        return frozenset({"full" if self.standardise or "temperature" in self.schedule else "topk"})
+
+    @property
+    def topk_temperatures(self) -> frozenset[float]:
+        return frozenset({self.temperature})
 
     def terms(self) -> tuple[Term, ...]:
         def kd(signals: Signals) -> Scalar:

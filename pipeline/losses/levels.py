@@ -157,9 +157,13 @@ class LevelsParams(SoftenedLossParams):
             "partial_teacher": frozenset({"full"}),
             "class_similarity": frozenset({"last_layer"}),
             "partial_and_similarity": frozenset({"full", "last_layer"}),
-            "topk": frozenset({"full"}),
+            "topk": frozenset({"full" if self.standardise or "temperature" in self.schedule else "topk"}),
         }
         return by_level[self.level]
+
+    @property
+    def topk_temperatures(self) -> frozenset[float]:
+        return frozenset({self.temperature}) if self.level == "topk" else frozenset()
 
     def targets(self, signals: Signals) -> Targets:
         """The targets of a batch."""

@@ -130,6 +130,11 @@ class LossParams(Params):
         return frozenset()
 
     @property
+    def topk_temperatures(self) -> frozenset[float]:
+        """What the teacher's logits are divided by where its largest probabilities suffice (``needs`` has ``topk``)."""
+        return frozenset()
+
+    @property
     def couples_batch(self) -> bool:
         """Whether a row's gradient depends on the other rows, so that the batch size is part of the method."""
         return False

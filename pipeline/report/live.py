@@ -81,14 +81,14 @@ class LiveView:
             return self._describe_stage(event)
         if event.kind == "evaluation":
             return _summarise(data) + (" (best so far)" if data.get("best") else "")
-        if event.kind == "selection":
-            return f"selection: {data.get('verdict', '')}"
+        if event.kind == "figures":
+            return str(data.get("message", ""))
         if event.kind == "warning":
             return f"warning: {data.get('message', '')}"
         if event.kind == "status":
             message = f": {data['message']}" if data.get("message") else ""
             return f"{data.get('status', '')}{message}"
-        if event.kind == "step":
+        if event.kind in ("step", "rows"):
             return self._describe_step(event)
         return None
 
@@ -116,13 +116,16 @@ class LiveView:
 
     def _position(self) -> str:
         state = self._state
+        if state.rows is not None:
+            return f"{state.rows[0]:,} of {state.rows[1]:,} rows"
         of_steps = f"/{state.num_steps:,}" if state.num_steps else ""
         of_epochs = f" of {state.num_epochs}" if state.num_epochs else ""
         return f"step {state.step:,}{of_steps}, {state.epoch}{of_epochs} epochs done"
 
     def _speed(self) -> list[str]:
         rate = self._state.samples_per_s
-        return [] if rate is None else [f"{rate:,.0f} samples/s"]
+        unit = "samples" if self._state.rows is None else "rows"
+        return [] if rate is None else [f"{rate:,.0f} {unit}/s"]
 
     def _render(self) -> RenderableType:
         with self._lock:
@@ -149,7 +152,7 @@ class LiveView:
         left = state.time_left_s
         rows = [
             ("stage", f"{state.stage} {state.stage_detail}".strip()),
-            ("progress", self._position() if state.num_steps or state.step else ""),
+            ("progress", self._position() if state.num_steps or state.step or state.rows else ""),
             ("speed", _join([*self._speed(), state.bottleneck])),
             ("time left", "" if left is None else format_duration(left)),
             ("losses", _join(_losses(state))),
@@ -162,6 +165,8 @@ class LiveView:
         return [(name, value) for name, value in rows if value]
 
     def _progress_bar(self) -> ProgressBar | None:
+        if self._state.rows is not None:
+            return ProgressBar(total=self._state.rows[1], completed=self._state.rows[0], width=40)
         if not self._state.num_steps:
             return None
         return ProgressBar(total=self._state.num_steps, completed=self._state.step, width=40)

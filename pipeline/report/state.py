@@ -31,6 +31,7 @@ class RunState:
     step: int = 0
     epoch: int = 0
     samples_per_s: float | None = None
+    rows: tuple[int, int] | None = None
     data_wait: float | None = None
     losses: dict[str, float] = field(default_factory=dict)
     evaluation: dict[str, Any] | None = None
@@ -49,6 +50,9 @@ class RunState:
     @property
     def time_left_s(self) -> float | None:
         """From the rate of the last minute; None before there is one."""
+        if self.rows is not None:
+            done, total = self.rows
+            return (total - done) / self.samples_per_s if self.samples_per_s else None
         if self.num_steps is None or len(self._recent) < 2:
             return None
         (start, first), (end, last) = self._recent[0], self._recent[-1]
@@ -95,6 +99,10 @@ class RunState:
         self.steps_per_epoch = event.data.get("steps_per_epoch", self.steps_per_epoch)
         self.step = event.data.get("start_step") or 0
         self._recent.clear()
+
+    def _update_rows(self, event: Event) -> None:
+        self.rows = (event.data["done"], event.data["total"])
+        self.samples_per_s = event.data.get("rows_per_s", self.samples_per_s)
 
     def _update_step(self, event: Event) -> None:
         data = event.data

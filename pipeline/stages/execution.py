@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from pipeline.config.rules import TEACHER_ONLY, asks_teacher
+from pipeline.config.rules import TEACHER_ONLY, uses_pool
 from pipeline.config.schema import Config
 from pipeline.contracts.columns import SplitName
-from pipeline.contracts.events import Emitter
+from pipeline.contracts.events import Emitter, Event
 from pipeline.data import SplitReader
-from pipeline.errors import TrainingError
+from pipeline.errors import ResourceError, TrainingError
+from pipeline.evaluation.metrics import TEACHER_METRICS
 from pipeline.stages.joining import join_cluster
 from pipeline.stages.logits import LogitsHere, Streams
 from pipeline.stages.pool import list_stream_demands
@@ -77,6 +79,7 @@ class _InProcess:
         self._teacher = None
         if work.teacher is not None:
             self._teacher = LogitsHere(work.config, work.source, work.teacher, session)
+        self._asks_teacher = uses_pool(work.config, work.run.command)
 
     def logits(self, split: SplitName, reader: SplitReader) -> Path | None:
         return None if self._teacher is None else self._teacher.compute(split, reader)
@@ -89,10 +92,11 @@ class _InProcess:
             work.reader,
             work.planner,
             work.config.data,
-            work.config.run.seed,
+            work.config.view_seed,
             work.plan.num_blocks,
-            None if self._teacher is None else self._teacher.teacher,
+            self._teacher.teacher if self._teacher is not None and self._asks_teacher else None,
             skipped,
+            work.cached,
         )
         state = train(build_job(spec, work.source, skipped), _local_context(work, self._session), source)
         self._session.say("training", "finished")
@@ -111,7 +115,25 @@ class _OnRay:
         self._streams = Streams(work.config, work.source, work.teacher, session, drain.emitter)
 
     def logits(self, split: SplitName, reader: SplitReader) -> Path | None:
-        return None if self._work.teacher is None else self._streams.compute(split, reader)
+        if self._work.teacher is None:
+            return None
+        try:
+            return self._streams.compute(split, reader, self._check_pool)
+        except ResourceError as error:
+            config = self._work.config
+            if config.train.select_by.rpartition("/")[2] in TEACHER_METRICS or config.loss.wants_perturbation:
+                raise
+            self._session.journal.emit(
+                Event("warning", {"message": f"no metrics beside the teacher on {split}: {error.message}"})
+            )
+            return None
+
+    def _check_pool(self) -> None:
+        """A run on a cache does without a pool, but for the teacher's logits on validation and test."""
+        from pipeline.cluster.preflight import check_demand
+
+        if self._work.cached is not None:
+            check_demand(list_stream_demands(self._work.config, "teacher actor"))
 
     def train(self, spec: RunSpec) -> BestRecord:
         in_driver = self._work.config.cluster.name == "driver"
@@ -160,8 +182,10 @@ class _OnRay:
         from pipeline.cluster.stream import TrainingBlocks
 
         work = self._work
-        blocks = TrainingBlocks(work.reader, work.planner, work.config.data.augment, work.config.run.seed)
-        return self._streams.make(blocks, "train", work.reader, work.plan.blocks_per_step)
+        reader, decoder = work.cached or (None, None)
+        blocks = TrainingBlocks(work.reader, work.planner, work.config.data.augment, work.config.view_seed, reader)
+        stream = self._streams.make(blocks, "train", work.reader, work.plan.blocks_per_step)
+        return stream if decoder is None else replace(stream, pool=None, logits=decoder)
 
 
 def list_demands(config: Config, command: str) -> list[Demand]:
@@ -173,7 +197,7 @@ def list_demands(config: Config, command: str) -> list[Demand]:
         demands.append(
             Demand("student worker", config.cluster.num_workers, _worker_bundle(config), "cluster.num_workers")
         )
-    return demands + list_stream_demands(config, "teacher actor" if asks_teacher(config, command) else None)
+    return demands + list_stream_demands(config, "teacher actor" if uses_pool(config, command) else None)
 
 
 def preflight_rows(config: Config, command: str) -> list[list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -81,7 +82,7 @@ class Streams:
             block_bytes=estimate_block_bytes(self.source.spec, batch_size, reader, with_partners=augment.mixes),
             decoder=self.source.decoder(split),
             augment=augment,
-            seed=config.run.seed,
+            seed=config.view_seed,
             pool=self._pool(),
             emitter=self.emitter,
             blocks_per_step=blocks_per_step,
@@ -89,14 +90,20 @@ class Streams:
             **stream_limits(config),
         )
 
-    def compute(self, split: SplitName, reader: SplitReader) -> Path:
-        """As ``LogitsHere.compute``, by the pool."""
+    def compute(self, split: SplitName, reader: SplitReader, check: Callable[[], None] | None = None) -> Path:
+        """As ``LogitsHere.compute``, by the pool.
+
+        Args:
+            check: called before the pool is needed.
+        """
         from pipeline.cluster.logits import write_pool_logits
         from pipeline.cluster.stream import SplitBlocks, whole_split
 
         assert self.checked is not None
         path = logits_path(self.session.run.dir, self.checked, self.source, split, reader)
         if not path.exists():
+            if check is not None:
+                check()
             self.session.say("teacher logits", detail=f"{split}, {reader.num_rows:,} rows")
             blocks = SplitBlocks(reader, self.config.train.batch_size)
             write_pool_logits(whole_split(self.make(blocks, split, reader)), reader.num_rows, path)

@@ -281,9 +281,9 @@ def _logits_of_pool(prediction: _Prediction, release: Callable[[], None]) -> _Bl
         pool=make_pool_plan(pool, prediction.arguments(pool_device(pool)), prediction.card.fingerprint),
         **stream_limits(config),
     )
-    for block in iterate_pool_logits(whole_split(plan), prediction.reader.num_rows):
+    for block in iterate_pool_logits(whole_split(plan), -(-prediction.reader.num_rows // batch_size)):
         release()
-        yield block
+        yield block.sample_ids, block.logits
 
 
 # --- at the end ---------------------------------------------------------------------------------------------------

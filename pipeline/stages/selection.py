@@ -54,7 +54,7 @@ def select(params: SelectionParams, source: DataSource, logits: Path, session: R
     session.say("selection", detail=f"{params.num_candidates} candidates, {int(can_be_used.sum()):,} validation rows")
     selection = select_perturbation(teacher_logits[can_be_used], labels[can_be_used], params)
     _write(folder, selection)
-    session.journal.emit(Event("selection", {"verdict": selection.verdict, "metrics": selection_metrics(selection)}))
+    session.journal.emit(Event("figures", {"message": selection.verdict, "metrics": selection_metrics(selection)}))
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             session.journal.emit(

@@ -31,6 +31,7 @@ class Story(Generic[WorkT]):
         carry_out: the work; ends with ``RunSession.finish``.
         show: prints the result of a finished run, and the path of ``result.json`` as the last line.
         extend: how a finished run is gone on with, for people; empty where it cannot be.
+        dataset: what the tracker records of the data; none: the data set as it is.
     """
 
     check: Callable[[Config, DataSource], None]
@@ -38,6 +39,7 @@ class Story(Generic[WorkT]):
     carry_out: Callable[[WorkT, RunSession], None]
     show: Callable[[Run], None]
     extend: str = ""
+    dataset: Callable[[WorkT], Mapping[str, Any]] | None = None
 
 
 def tell(story: Story[WorkT], request: Request, defaults: Sequence[str] = ()) -> int:
@@ -60,14 +62,15 @@ def tell(story: Story[WorkT], request: Request, defaults: Sequence[str] = ()) ->
     with open_run(request.command, loaded.config, provenance=lambda: facts, extends=loaded.extends) as run:
         if run.finished:
             print("; ".join(filter(None, (f"{run.dir} is finished", story.extend, "run.dir=... makes another run"))))
-            send_rest(run, describe_dataset(source, run))
+            send_rest(run, _describe_dataset(source, run))
             story.show(run)
             return 0
         if run.resumed:
             _check_unchanged(run, facts)
         try:
             work = story.prepare(run, source, teacher)
-            session = RunSession(run, describe_dataset(source, run), with_teacher=teacher is not None)
+            dataset = _describe_dataset(source, run) if story.dataset is None else story.dataset(work)
+            session = RunSession(run, dataset, with_teacher=teacher is not None)
         except BaseException:
             run.discard()
             raise
@@ -84,7 +87,7 @@ def tell(story: Story[WorkT], request: Request, defaults: Sequence[str] = ()) ->
     return 0
 
 
-def describe_dataset(source: DataSource, run: Run) -> dict[str, Any]:
+def _describe_dataset(source: DataSource, run: Run) -> dict[str, Any]:
     """What the tracker records of the data."""
     data = run.config.data
     return {

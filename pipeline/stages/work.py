@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pipeline.config.runs import Run
 from pipeline.config.schema import Config
 from pipeline.contracts.columns import SplitName
-from pipeline.data import BlockPlanner, DataSource, SplitReader
+from pipeline.data import BlockPlanner, DataSource, SplitReader, TableReader
+from pipeline.data.cache import (
+    CacheKey,
+    LogitsDecoder,
+    LogitsReader,
+    WindowedLogits,
+    check_temperature,
+    load_logits,
+    open_cache,
+    row_bytes,
+)
 from pipeline.errors import DataError
 from pipeline.losses import Perturbation
 from pipeline.models import (
@@ -33,13 +45,23 @@ class CheckedTeacher:
 
     Attributes:
         fingerprint: of its weights.
-        key: of everything its logits depend on but the rows.
+        architecture: what its network is built from.
+        preprocessing: of its input.
+        precision: of its forward pass, resolved: logits in bf16 are not those in fp32.
         class_similarity: (C, C) float32 cosines of its last layer; none where the loss does not need them.
     """
 
     fingerprint: str
-    key: str
+    architecture: Mapping[str, Any]
+    preprocessing: Mapping[str, Any]
+    precision: str
     class_similarity: np.ndarray | None = None
+
+    @property
+    def key(self) -> str:
+        """Of everything its logits depend on but the rows."""
+        parts = [self.fingerprint, self.architecture, self.preprocessing, self.precision]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -50,6 +72,7 @@ class Work:
         network: the parameters of the network that is trained.
         teacher: none where nobody teaches.
         reader: the training split.
+        cached: reads the teacher's logits out of a cache, and decodes them; none where the teacher itself is asked.
     """
 
     run: Run
@@ -59,6 +82,7 @@ class Work:
     reader: SplitReader
     planner: BlockPlanner
     plan: RunPlan
+    cached: tuple[LogitsReader, LogitsDecoder] | None = None
 
     @property
     def config(self) -> Config:
@@ -82,6 +106,48 @@ class Work:
             None if validation_logits is None else str(validation_logits),
             None if self.teacher is None else self.teacher.class_similarity,
         )
+
+
+def cache_key(config: Config, source: DataSource, teacher: CheckedTeacher) -> CacheKey:
+    """Everything that the logits in a cache of this configuration depend on."""
+    augment, cache = config.data.augment, config.cache
+    return CacheKey(
+        teacher=teacher.fingerprint,
+        architecture=dict(teacher.architecture),
+        preprocessing=dict(teacher.preprocessing),
+        precision=teacher.precision,
+        data=source.fingerprint,
+        augment=augment.model_dump(mode="json"),
+        seed=config.view_seed if augment.varies else None,
+        num_views=(config.data.num_views or 1) if augment.varies else 1,  # otherwise all views are the same
+        num_classes=source.spec.num_classes,
+        format=cache.format,
+        k=cache.k,
+        dtype=cache.dtype,
+    )
+
+
+def open_cached(
+    config: Config, source: DataSource, teacher: CheckedTeacher, reader: SplitReader
+) -> tuple[LogitsReader, LogitsDecoder]:
+    """The cache of this configuration: in memory where the split is, otherwise read by the windows of its shuffle.
+
+    Raises:
+        CacheError: there is none, it is not complete, damaged, or lacks rows.
+        ConfigError: a top-k cache does not know what the loss needs at its temperature.
+    """
+    num_classes = source.spec.num_classes
+    temperature = 1.0
+    if config.cache.format == "topk":
+        (temperature,) = config.loss.topk_temperatures
+        check_temperature(temperature)
+    key = cache_key(config, source, teacher)
+    cache = open_cache(config.cache.path or "", key, reader)
+    if isinstance(reader, TableReader):
+        return load_logits(cache), LogitsDecoder(num_classes, temperature)
+    window_rows = config.data.window_bytes * reader.num_rows / max(reader.encoded_bytes, 1)
+    limit = 2 * int(1.5 * window_rows) * row_bytes(num_classes, key)
+    return WindowedLogits(cache, limit), LogitsDecoder(num_classes, temperature)
 
 
 def trained_network(config: Config, command: str) -> tuple[str, ModelParams]:
@@ -147,16 +213,17 @@ def check_teacher(config: Config, source: DataSource) -> CheckedTeacher:
     params = config.teacher
     classifier = build_classifier(params, source.spec)
     load_teacher_weights(classifier, params)
-    fingerprint = fingerprint_state(classifier.network.state_dict())
-    preprocessing = describe_preprocessing(params, source.spec)
-    parts = [fingerprint, params.architecture(), preprocessing, _compute_dtype(config)]
-    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-    similarity = class_similarity(classifier) if "last_layer" in config.loss.needs else None
-    return CheckedTeacher(fingerprint, key, similarity)
+    return CheckedTeacher(
+        fingerprint_state(classifier.network.state_dict()),
+        params.architecture(),
+        describe_preprocessing(params, source.spec),
+        _compute_dtype(config),
+        class_similarity(classifier) if "last_layer" in config.loss.needs else None,
+    )
 
 
 def _compute_dtype(config: Config) -> str:
-    """The teacher's precision, resolved: logits in bf16 are not those in fp32."""
+    """The teacher's precision, resolved."""
     precision = config.teacher.precision
     if precision != "auto":
         return precision
@@ -175,4 +242,7 @@ def prepare_work(run: Run, source: DataSource, teacher: CheckedTeacher | None) -
     load_initial_weights(classifier, network, role=role)
     reader = open_training(source)
     planner = make_planner(config.data, reader, config.train, config.run.seed)
-    return Work(run, source, network, teacher, reader, planner, make_plan(planner, config.train))
+    cached = None
+    if teacher is not None and config.teacher.source == "cached":
+        cached = open_cached(config, source, teacher, reader)
+    return Work(run, source, network, teacher, reader, planner, make_plan(planner, config.train), cached)

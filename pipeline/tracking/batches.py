@@ -170,9 +170,13 @@ def _translate_checkpoint(batch: Batch, event: Event) -> None:
     batch.tags["last_checkpoint_step"] = str(_step_of(event))
 
 
-def _translate_selection(batch: Batch, event: Event) -> None:
+def _translate_rows(batch: Batch, event: Event) -> None:
+    batch.add_points(event, {"rows/rows_per_s": event.data.get("rows_per_s")}, int(event.data["done"]))
+
+
+def _translate_figures(batch: Batch, event: Event) -> None:
     batch.add_points(event, event.data.get("metrics", {}), 0)
-    batch.tags["selection"] = str(event.data.get("verdict", ""))
+    batch.tags["summary"] = str(event.data.get("message", ""))
 
 
 def _translate_pool(batch: Batch, event: Event) -> None:
@@ -206,7 +210,8 @@ _TRANSLATORS: dict[str, Callable[[Batch, Event], None]] = {
     "step": _translate_step,
     "evaluation": _translate_evaluation,
     "checkpoint": _translate_checkpoint,
-    "selection": _translate_selection,
+    "rows": _translate_rows,
+    "figures": _translate_figures,
     "pool": _translate_pool,
     "system": _translate_system,
     "warning": _translate_warning,

@@ -11,7 +11,16 @@ from typing import Literal, TypedDict
 import numpy as np
 import torch
 
-from pipeline.contracts.columns import INPUT, LABEL, LABEL_WEIGHT, PARTNER_LABEL, SAMPLE_ID, InputSpec, SplitName
+from pipeline.contracts.columns import (
+    INPUT,
+    LABEL,
+    LABEL_WEIGHT,
+    PARTNER_LABEL,
+    SAMPLE_ID,
+    TEACHER_LOGITS,
+    InputSpec,
+    SplitName,
+)
 from pipeline.contracts.events import Emitter
 from pipeline.data import (
     BlockPlanner,
@@ -26,6 +35,7 @@ from pipeline.data import (
     read_blocks,
 )
 from pipeline.data.bad_rows import report_bad_rows
+from pipeline.data.cache import LogitsDecoder, LogitsReader
 from pipeline.data.decode import BAD
 from pipeline.data.logits import load_logits
 from pipeline.errors import ConfigError
@@ -144,9 +154,11 @@ class InProcessSource:
     """The stream's blocks without Ray: the same plan, read, decode and teacher, one after the other.
 
     Args:
-        teacher: adds logits; none where the loss needs none.
+        seed: of the augmentation.
+        teacher: adds logits; none where the loss needs none, or they come out of a cache.
         stop: end of the run in blocks.
         emitter: is told of rows that are skipped.
+        cached: reads logits out of a cache, and decodes them.
     """
 
     def __init__(
@@ -159,7 +171,12 @@ class InProcessSource:
         stop: int,
         teacher: Teacher | None = None,
         emitter: Emitter | None = None,
+        cached: tuple[LogitsReader, LogitsDecoder] | None = None,
     ) -> None:
+        self._cached: LogitsReader | None = None
+        self._logits_decoder: LogitsDecoder | None = None
+        if cached is not None:
+            self._cached, self._logits_decoder = cached
         self._decoder = source.decoder("train")
         self._reader, self._planner, self._data = reader, planner, data
         self._seed, self._stop, self._teacher = seed, stop, teacher
@@ -169,9 +186,9 @@ class InProcessSource:
         """Blocks ``start`` to the end; see ``BatchSource``."""
         augment, seed = self._data.augment, self._seed
         for plan in self._planner.blocks(start, self._stop):
-            table = read_blocks(self._reader, [plan], augment, seed)
-            rows = decode_block(table, self._decoder, augment, seed, self._on_bad)
-            logits = None if self._teacher is None else self._teacher(rows[INPUT])
+            table = read_blocks(self._reader, [plan], augment, seed, self._cached)
+            rows = decode_block(table, self._decoder, augment, seed, self._on_bad, logits=self._logits_decoder)
+            logits = rows.get(TEACHER_LOGITS) if self._teacher is None else self._teacher(rows[INPUT])
             yield Block(
                 position=plan.position,
                 inputs=rows[INPUT],

@@ -213,7 +213,29 @@ def test_a_folder_of_groups_that_is_not_there() -> None:
         (["train.blocks_per_step=3", "cluster.num_workers=2"], "expected a multiple of cluster.num_workers=2, got 3"),
         (["cluster=driver", "cluster.num_workers=2"], "cluster.num_workers: cluster=driver trains in one process"),
         (["cluster=inprocess", "cluster.num_workers=2"], "use cluster=ray for several workers"),
-        (["teacher.source=cached"], "teacher.source: cached is not available yet; use teacher.source=online"),
+        (["teacher.source=fill", "cache.path=c"], "teacher.source: fill is not available yet; run `cache build` first"),
+        (["teacher.source=cached"], "cache.path: not set; give the folder that holds caches"),
+        (
+            ["teacher.source=cached", "cache.path=c", "data.augment.flip=true"],
+            "data.num_views: not set, but a cache holds a fixed number of augmented views",
+        ),
+        (
+            ["teacher.source=cached", "cache.path=c", "cache=topk", "loss=dist"],
+            "cache.format: a top-k cache lacks most of the classes that loss=dist compares",
+        ),
+        (
+            ["teacher.source=cached", "cache.path=c", "cache=topk", "loss.standardise=true"],
+            "cache.format: a top-k cache lacks most of the classes that loss=kd compares",
+        ),
+        (
+            [
+                *("teacher.source=cached", "cache.path=c", "cache=topk", "loss=combined"),
+                "loss.parts={kd: {temperature: 2}, levels: {level: topk, temperature: 4}}",
+            ],
+            "loss: a top-k cache is read at one temperature, but the parts have 2, 4",
+        ),
+        (["cache=topk", "cache.k=null"], "cache: format=topk keeps the k likeliest classes, expected k, got none"),
+        (["cache.k=3"], "cache: format=dense keeps every class, expected no k, got k=3"),
         (["teacher.pool.min=3", "teacher.pool.max=2"], "teacher.pool: max=2 is below min=3"),
         (
             ["train.optimizer.warmup_epochs=20"],
@@ -241,7 +263,7 @@ def test_everything_wrong_is_reported_at_once() -> None:
         "train.batch_size=0",
         "loss.kd_weight=inf",
         "train.optimizer.lr='1'",
-        "teacher.source=cached",  # rules over several fields are checked all the same
+        "teacher.source=fill",  # rules over several fields are checked all the same
         "cluster.num_workers=2",
         "train.blocks_per_step=3",
     )
@@ -252,6 +274,7 @@ def test_everything_wrong_is_reported_at_once() -> None:
         "loss.kd_weight",
         "train.optimizer.lr",
         "teacher.source",
+        "cache.path",
         "train.blocks_per_step",
     }
 

@@ -95,7 +95,7 @@ def test_a_combined_loss_is_the_sum_of_its_parts() -> None:
     entropy = -torch.log_softmax(STUDENT, dim=1).gather(1, LABELS[:, None]).mean().item()
     assert value(params) == pytest.approx(sum(map(value, parts)) + 0.3 * entropy)
     assert params.couples_batch
-    assert params.needs == {"full"}
+    assert params.needs == {"full", "topk"}
     _, logged = Objective(params)(Signals(STUDENT, LABELS, TEACHER))
     assert logged.keys() == {
         *("kd/kd", "cmkd/pearson", "cmkd/spearman", "cmkd/hard_rows", "cmkd/linear_rows"),

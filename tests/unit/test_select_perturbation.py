@@ -79,7 +79,7 @@ def test_the_command_leaves_what_it_chose(runs: Path, capsys: pytest.CaptureFixt
     client = MlflowClient(f"sqlite:///{runs / 'mlflow.db'}")
     tracked = client.get_run(result["mlflow_run_id"])
     assert tracked.data.metrics["selection/gain"] == pytest.approx(selection.scores[-1].gain.mean)
-    assert tracked.data.tags["selection"] == selection.verdict
+    assert tracked.data.tags["summary"] == selection.verdict
     stored = {item.path for item in client.list_artifacts(result["mlflow_run_id"], "selection") if not item.is_dir}
     assert stored == {f"selection/{path.name}" for path in folder.iterdir() if path.is_file()}
 

@@ -1,0 +1,51 @@
+"""The logits cache: what a teacher says of every view of every row, kept as files and refused when stale."""
+
+from pipeline.data.cache.blocks import PartAssembler, PartBlocks
+from pipeline.data.cache.build import CacheBuild, open_build
+from pipeline.data.cache.check import CacheEntry, list_caches, remove_cache, verify_files
+from pipeline.data.cache.deviation import find_deviations, tolerance
+from pipeline.data.cache.encoding import decode_logits
+from pipeline.data.cache.joined import LogitsDecoder
+from pipeline.data.cache.key import CacheKey
+from pipeline.data.cache.manifest import Manifest
+from pipeline.data.cache.opened import Cache, open_cache, open_manifest
+from pipeline.data.cache.params import CacheParams, check_classes
+from pipeline.data.cache.parts import PartLayout, PartWriter
+from pipeline.data.cache.reading import LoadedLogits, LogitsReader, WindowedLogits, load_logits
+from pipeline.data.cache.sizes import CachePlan, TopkError, estimate_bytes, measure_topk_error, plan_cache, row_bytes
+from pipeline.data.cache.topk import check_temperature
+
+__all__ = [
+    "Cache",
+    "CacheBuild",
+    "CacheEntry",
+    "CacheKey",
+    "CacheParams",
+    "CachePlan",
+    "LoadedLogits",
+    "LogitsDecoder",
+    "LogitsReader",
+    "Manifest",
+    "PartAssembler",
+    "PartBlocks",
+    "PartLayout",
+    "PartWriter",
+    "TopkError",
+    "WindowedLogits",
+    "check_classes",
+    "check_temperature",
+    "decode_logits",
+    "estimate_bytes",
+    "find_deviations",
+    "list_caches",
+    "load_logits",
+    "measure_topk_error",
+    "open_build",
+    "open_cache",
+    "open_manifest",
+    "plan_cache",
+    "remove_cache",
+    "row_bytes",
+    "tolerance",
+    "verify_files",
+]

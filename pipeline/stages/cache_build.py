@@ -1,0 +1,239 @@
+"""``cache build``: the teacher's logits of every view of every training row, computed once and kept."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from pipeline.config.request import Request
+from pipeline.config.results import write_json
+from pipeline.config.runs import Run
+from pipeline.config.schema import Config
+from pipeline.contracts.columns import INPUT, SAMPLE_ID, SplitName
+from pipeline.contracts.events import Event, RowEvents
+from pipeline.data import DataSource, SplitReader, decode_block, read_blocks
+from pipeline.data.bad_rows import report_bad_rows
+from pipeline.data.cache import (
+    Cache,
+    CacheBuild,
+    CacheKey,
+    PartAssembler,
+    PartBlocks,
+    check_classes,
+    estimate_bytes,
+    measure_topk_error,
+    open_build,
+    open_manifest,
+)
+from pipeline.data.logits import load_logits
+from pipeline.report.cache import format_bytes, render_manifest, render_topk_errors
+from pipeline.stages.execution import list_demands
+from pipeline.stages.joining import join_cluster
+from pipeline.stages.logits import LogitsHere, Streams
+from pipeline.stages.session import RunSession
+from pipeline.stages.skipped import SkippedRows
+from pipeline.stages.story import Story, tell
+from pipeline.stages.work import CheckedTeacher, cache_key, check_validation_labels
+from pipeline.training import open_training
+
+_PACKAGES = ("distill-pipeline", "torch", "torchvision", "numpy", "pillow", "pyarrow")
+
+
+@dataclass(frozen=True)
+class _Work:
+    run: Run
+    source: DataSource
+    teacher: CheckedTeacher
+    reader: SplitReader
+    key: CacheKey
+
+    @property
+    def folder(self) -> str:
+        return f"{(self.run.config.cache.path or '').rstrip('/')}/{self.key.digest}"
+
+
+def build_cache(request: Request) -> int:
+    """Returns 0; a cache that is complete is left as it is."""
+    return tell(Story(_check, _prepare, _carry_out, _show, dataset=_describe), request)
+
+
+def _check(config: Config, source: DataSource) -> None:
+    check_validation_labels(config, source, "the teacher is measured by them")
+    check_classes(config.cache, source.spec.num_classes)
+
+
+def _prepare(run: Run, source: DataSource, teacher: CheckedTeacher | None) -> _Work:
+    assert teacher is not None  # the command asks for one
+    return _Work(run, source, teacher, open_training(source), cache_key(run.config, source, teacher))
+
+
+def _describe(work: _Work) -> dict[str, Any]:
+    """What the tracker records: the cache itself, as a data set of its own."""
+    num_rows = work.key.num_views * work.reader.num_rows
+    name = f"{work.run.config.data.name}-logits"
+    return {"name": name, "fingerprint": work.key.digest, "num_rows": num_rows, "path": work.folder}
+
+
+def _carry_out(work: _Work, session: RunSession) -> None:
+    with open_build(work.run.config.cache.path or "", work.key, work.reader) as build:
+        places = build.find_missing_parts()
+        _announce(work, build, len(places), session)
+        rows = {"computed": 0, "forwarded": 0}
+        cache = build.cache
+        if cache is None:
+            with _open_teacher(work, session) as teacher:
+                session.began = True
+                accuracy = _measure_teacher(work, teacher, session)
+                if places:
+                    blocks = PartBlocks(build.layout, tuple(places), work.run.config.train.batch_size)
+                    session.say("logits", detail=f"{blocks.num_rows:,} rows, {len(places):,} parts")
+                    rows = {"computed": blocks.num_rows, "forwarded": teacher.write(build, blocks)}
+                    session.say("logits", "finished")
+            session.say("sealing", detail="reading and checking every part")
+            cache = build.seal(accuracy, _record(session, rows))
+            session.say("sealing", "finished")
+        _finish(work, cache, rows, session)
+
+
+def _announce(work: _Work, build: CacheBuild, num_missing: int, session: RunSession) -> None:
+    num_parts = work.key.num_views * len(build.layout.indexes)
+    size = estimate_bytes(
+        work.reader.num_rows, work.key.num_views, work.key.num_classes, work.key, len(build.layout.indexes)
+    )
+    present = "" if num_missing == num_parts else f"; {num_parts - num_missing:,} parts are there already"
+    session.say(
+        "cache",
+        detail=f"{work.folder}: {work.key.num_views} views of {work.reader.num_rows:,} rows, about "
+        f"{format_bytes(size)} in {num_parts:,} parts{present}",
+    )
+
+
+def _measure_teacher(work: _Work, teacher: _Teacher, session: RunSession) -> float | None:
+    """Accuracy on validation; for a top-k cache also what it loses, on the same rows."""
+    reader = work.source.split("validation")
+    logits, labels = load_logits(teacher.compute("validation", reader)), reader.read_labels()
+    usable = np.isfinite(logits).all(axis=1)
+    if not usable.any():
+        return None
+    if work.key.format == "topk":
+        table = render_topk_errors(measure_topk_error(logits[usable], work.key), work.key)
+        path = work.run.dir / "topk_errors.txt"
+        path.write_text(table, encoding="utf-8")
+        session.journal.emit(Event("artifact", {"path": str(path), "folder": "cache"}))
+        session.say("top-k", "measured", f"on {int(usable.sum()):,} validation rows:\n{table}")
+    return float((logits[usable].argmax(axis=1) == labels[usable]).mean())
+
+
+def _record(session: RunSession, rows: dict[str, int]) -> dict[str, Any]:
+    import torch
+
+    return {
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "host": platform.node(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "versions": {name: version(name) for name in _PACKAGES},
+        "run": session.run.name,
+        "batch_size": session.run.config.train.batch_size,
+        "rows_computed_last": rows["computed"],
+        "rows_forwarded_last": rows["forwarded"],
+    }
+
+
+def _finish(work: _Work, cache: Cache, rows: dict[str, int], session: RunSession) -> None:
+    manifest = cache.manifest
+    path = work.run.dir / "cache.json"
+    write_json(path, {"folder": work.folder, **manifest.model_dump(mode="json", exclude={"first_rows", "parts"})})
+    session.journal.emit(Event("artifact", {"path": str(path), "folder": "cache"}))
+    metrics = {
+        "cache/num_rows": float(manifest.num_rows),
+        "cache/num_bytes": float(manifest.num_bytes),
+        "cache/rows_computed": float(rows["computed"]),
+        "cache/rows_forwarded": float(rows["forwarded"]),
+    }
+    if manifest.teacher_accuracy is not None:
+        metrics["cache/teacher_val_top1"] = manifest.teacher_accuracy
+    message = f"{work.folder}: {manifest.num_rows:,} rows, {format_bytes(manifest.num_bytes)}"
+    session.journal.emit(Event("figures", {"message": message, "metrics": metrics}))
+    session.finish(metrics, {"cache": work.folder, "key": work.key.digest})
+
+
+def _show(run: Run) -> None:
+    result = run.read_result()
+    folder, manifest = open_manifest(run.config.cache.path or "", result["key"])
+    print(render_manifest(folder.shown, manifest))
+    if summary := SkippedRows(run.dir, None).summary():
+        print(summary)
+    print(f"use it: python -m pipeline distill teacher.source=cached cache.path={run.config.cache.path}")
+    print(run.result_path, flush=True)
+
+
+# --- the teacher --------------------------------------------------------------------------------------------------
+
+
+class _Teacher(Protocol):
+    def compute(self, split: SplitName, reader: SplitReader) -> Path:
+        """The file with its logits on a split."""
+        ...
+
+    def write(self, build: CacheBuild, blocks: PartBlocks) -> int:
+        """Computes and writes parts; returns the rows that its forward call counted."""
+        ...
+
+
+@contextmanager
+def _open_teacher(work: _Work, session: RunSession) -> Iterator[_Teacher]:
+    config = work.run.config
+    if config.cluster.name == "inprocess":
+        yield _Here(work, session)
+        return
+    with join_cluster(work.run, session, list_demands(config, work.run.command), "pool") as drain:
+        yield _Pool(work, Streams(config, work.source, work.teacher, session, drain.emitter))
+
+
+class _Here:
+    """The teacher in this process."""
+
+    def __init__(self, work: _Work, session: RunSession) -> None:
+        self._work, self._session = work, session
+        self._logits = LogitsHere(work.run.config, work.source, work.teacher, session)
+
+    def compute(self, split: SplitName, reader: SplitReader) -> Path:
+        return self._logits.compute(split, reader)
+
+    def write(self, build: CacheBuild, blocks: PartBlocks) -> int:
+        work, teacher, before = self._work, self._logits.teacher, self._logits.teacher.rows_forwarded
+        augment, seed = work.run.config.data.augment, work.run.config.view_seed
+        decoder, on_bad = work.source.decoder("train"), partial(report_bad_rows, self._session.skipped, "train")
+        assembler, progress = PartAssembler(blocks, build.writer), RowEvents(self._session.journal, blocks.num_rows)
+        for plan in blocks.plans(0, blocks.num_blocks):
+            table = read_blocks(work.reader, [plan], augment, seed)
+            rows = decode_block(table, decoder, augment, seed, on_bad, substitute=False)
+            progress.advance(assembler.add(rows[SAMPLE_ID], teacher(rows[INPUT])))
+        return teacher.rows_forwarded - before
+
+
+class _Pool:
+    """The teacher pool on Ray."""
+
+    def __init__(self, work: _Work, streams: Streams) -> None:
+        self._work, self._streams = work, streams
+
+    def compute(self, split: SplitName, reader: SplitReader) -> Path:
+        return self._streams.compute(split, reader)
+
+    def write(self, build: CacheBuild, blocks: PartBlocks) -> int:
+        from pipeline.cluster.logits import write_pool_parts
+        from pipeline.cluster.stream import CacheBlocks
+
+        config, reader = self._work.run.config, self._work.reader
+        rows = CacheBlocks(reader, blocks, config.data.augment, config.view_seed)
+        return write_pool_parts(self._streams.make(rows, "train", reader), blocks, build.writer)
