@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, assert_never
+from typing import Any, Literal, NamedTuple, assert_never
 
 import torch
 from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pipeline.losses.batch import OncePerBatch
 from pipeline.losses.chunks import row_chunks
-from pipeline.losses.correlation import pearson, softmax_correlations
+from pipeline.losses.correlation import SMOOTH_FLOOR, pearson, softmax_correlations
 from pipeline.losses.cross_entropy import label_term
 from pipeline.losses.objective import (
     LOSSES,
@@ -48,8 +49,32 @@ def soft_spearman(
 
     The teacher is detached, which is why hard ranks do for it. Source of the soft rank: arXiv 2002.08871.
     """
-    ranks, num_blocks = soft_rank(student_logits, strength=strength or 1 / student_logits.shape[1])
+    strength = strength or 1 / student_logits.shape[1]
+    if student_logits.device.type == "cpu":
+        return _SoftSpearman.apply(widen(student_logits), widen(teacher_logits.detach()), strength)
+    ranks, num_blocks = soft_rank(student_logits, strength=strength)
     return pearson(ranks, average_ranks(teacher_logits.detach()).to(ranks.dtype)), num_blocks
+
+
+class _SoftSpearman(torch.autograd.Function):
+    """Computes the gradient with the value, while the ranks of a few rows are in a core's caches."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+        from pipeline.losses.kernels import cpu
+
+        arrays = student.detach().contiguous().numpy(), teacher.contiguous().numpy()
+        found = cpu.correlate_ranks(*arrays, strength, SMOOTH_FLOOR, torch.get_num_threads())
+        rho, num_blocks, slopes = (torch.from_numpy(array) for array in found)
+        ctx.save_for_backward(slopes)
+        ctx.mark_non_differentiable(num_blocks)
+        return rho, num_blocks
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        (slopes,) = ctx.saved_tensors
+        return slopes * grad[:, None], None, None
 
 
 @torch.no_grad()

@@ -104,7 +104,8 @@ def softmax_correlations(
 
     The teacher is detached; differentiable once.
     """
-    return _SoftmaxCorrelations.apply(
+    function = _SoftmaxCorrelationsOnCpu if student_logits.device.type == "cpu" else _SoftmaxCorrelations
+    return function.apply(
         widen(student_logits), widen(teacher_logits.detach()), temperature, floor, additive, rows, columns
     )
 
@@ -180,6 +181,52 @@ class _SoftmaxCorrelations(torch.autograd.Function):
             expected = (out * probabilities).sum(dim=1, keepdim=True)
             out.sub_(expected).mul_(probabilities.div_(ctx.temperature))
         return gradient, None, None, None, None, None, None
+
+
+class _SoftmaxCorrelationsOnCpu(torch.autograd.Function):
+    """The same in fewer passes, by compiled loops; keeps the probabilities themselves."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        temperature: float,
+        floor: float,
+        additive: bool,
+        rows: bool,
+        columns: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        from pipeline.losses.kernels import cpu
+
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        p, q = student.new_empty(student.shape), student.new_empty(student.shape)
+        for part in row_chunks(student):
+            torch.softmax(student[part] / temperature, dim=1, out=p[part])
+            torch.softmax(teacher[part] / temperature, dim=1, out=q[part])
+        found = cpu.correlate_probabilities(
+            p.numpy(), q.numpy(), floor, additive, rows, columns, torch.get_num_threads()
+        )
+        rho, along, means = (torch.from_numpy(array) for array in found)
+        ctx.save_for_backward(p, q, along, means)
+        of_rows, of_columns = rho.split(student.shape)
+        return of_rows if rows else None, of_columns if columns else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor | None, grad_columns: Tensor | None) -> tuple[Tensor | None, ...]:
+        from pipeline.losses.kernels import cpu
+
+        p, q, along, means = ctx.saved_tensors
+        grad = along.new_zeros(len(along), 1)
+        if grad_rows is not None:
+            grad[: len(p), 0] = grad_rows
+        if grad_columns is not None:
+            grad[len(p) :, 0] = grad_columns
+        arrays = p.numpy(), q.numpy(), (along * grad).numpy(), means.numpy()
+        gradient = cpu.softmax_slopes(*arrays, ctx.temperature, torch.get_num_threads())
+        return torch.from_numpy(gradient), None, None, None, None, None, None
 
 
 def _centred_softmax(logits: Tensor, temperature: float, out: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Sorting and pooling of rows on a CPU, compiled by numba; arrays in, arrays out.
+"""Sorting, pooling and correlating of rows on a CPU, compiled by numba; arrays in, arrays out.
 
 A row is kept as ``keys``: one 64-bit number for each place in descending order, its lower half the column
 that the place came from, its upper half the number of its pooled block. Before the rows are sorted
@@ -9,6 +9,7 @@ a tenth of the time of sorting floats with their columns.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar, cast
@@ -23,15 +24,21 @@ _LOWER = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 _SIGN = np.uint32(0x80000000)
 _ELEMENTS_PER_THREAD = 2**16
+_ELEMENTS_IN_CACHE = 2**15  # of rows whose keys, ranks and slopes are to stay in a core's caches
 
 
-def _compile(function: Compiled) -> Compiled:
+def _compile(function: Compiled, fastmath: frozenset[str] = frozenset()) -> Compiled:
     """Compiled on the first call, without the interpreter's lock; kept on disk where there is a place for it."""
     try:
-        compiled: Any = numba.njit(nogil=True, cache=True)(function)
+        compiled: Any = numba.njit(nogil=True, cache=True, fastmath=set(fastmath))(function)
     except RuntimeError:  # neither beside this file nor in the user's folder: compile in every process
-        compiled = numba.njit(nogil=True)(function)
+        compiled = numba.njit(nogil=True, fastmath=set(fastmath))(function)
     return cast(Compiled, compiled)
+
+
+def _compile_sums(function: Compiled) -> Compiled:
+    """Sums in any order, which takes a fraction of the time; NaN and infinities stay what they are."""
+    return _compile(function, frozenset({"reassoc", "nsz"}))
 
 
 def sort_rows(values: NDArray[Any], num_threads: int) -> NDArray[np.uint64]:
@@ -77,20 +84,92 @@ def rank_rows(values: NDArray[Any], keys: NDArray[np.uint64], num_threads: int) 
     return ranks
 
 
-def _in_parts(function: Callable[..., None], num_threads: int, *arrays: NDArray[Any], **scalars: float) -> None:
+def correlate_ranks(
+    values: NDArray[Any], reference: NDArray[Any], strength: float, floor: float, num_threads: int
+) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[Any]]:
+    """Pearson's correlation of soft ranks with the ranks of ``reference``, the number of blocks, and its gradient."""
+    rho = np.empty(len(values), dtype=values.dtype)
+    num_blocks = np.empty(len(values), dtype=np.int64)
+    slopes = np.empty_like(values)
+    _in_parts(_correlate_ranks, num_threads, values, reference, rho, num_blocks, slopes, strength=strength, floor=floor)
+    return rho, num_blocks, slopes
+
+
+def _correlate_ranks(
+    values: NDArray[Any],
+    reference: NDArray[Any],
+    rho: NDArray[Any],
+    num_blocks: NDArray[np.int64],
+    slopes: NDArray[Any],
+    strength: float,
+    floor: float,
+) -> None:
+    size = max(1, _ELEMENTS_IN_CACHE // values.shape[1])
+    for start in range(0, len(values), size):
+        rows = slice(start, start + size)
+        reference_ranks = rank_rows(reference[rows], sort_rows(reference[rows], 1), 1)
+        keys = sort_rows(values[rows], 1)
+        ranks, num_blocks[rows] = pool_rows(values[rows], keys, strength, 1)
+        _correlate_rows(ranks, reference_ranks, rho[rows], floor)
+        _centre(ranks, keys, slopes[rows], strength)
+
+
+def correlate_probabilities(
+    p: NDArray[Any], q: NDArray[Any], floor: float, additive: bool, rows: bool, columns: bool, num_threads: int
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.float64]]:
+    """Pearson's correlations of the rows and of the columns of two (B, C) arrays, each of whose rows adds up to 1.
+
+    Returns:
+        (B + C,) correlations, the rows' first; (B + C, 2) with which their gradient is, as in ``pearson``,
+        ``along[:, 0] * a + along[:, 1] * b``; (2, C) means of the columns. What is not wanted is 0.
+    """
+    batch, classes = p.shape
+    sums, means = np.zeros((batch + classes, 3)), np.zeros((2, classes))
+    if rows:
+        _in_parts(_sum_rows, num_threads, p, q, sums[:batch])
+    if columns:
+        origins = np.array([p[0], q[0]], dtype=np.float64)
+        moments = sum(_in_parts(_sum_columns, num_threads, p, q, origins=origins))
+        means = moments[:2] / batch
+        sums[batch:, 0] = moments[2] - moments[0] * means[1]
+        sums[batch:, 1:] = np.maximum(moments[3:] - moments[:2] * means, 0).T
+        means += origins
+    rho, along = np.empty(len(sums), dtype=p.dtype), np.empty((len(sums), 2), dtype=p.dtype)
+    _correlate_sums(sums, floor, additive, rho, along)
+    return rho, along, means
+
+
+def softmax_slopes(
+    p: NDArray[Any],
+    q: NDArray[Any],
+    along: NDArray[Any],
+    means: NDArray[np.float64],
+    temperature: float,
+    num_threads: int,
+) -> NDArray[Any]:
+    """The gradient for the logits, over ``temperature``, whose softmax is ``p``.
+
+    ``along`` and ``means`` are those of ``correlate_probabilities``, ``along`` times each correlation's gradient.
+    """
+    along_columns = np.ascontiguousarray(along[len(p) :].T)
+    result = np.empty_like(p)
+    shared = {"along_columns": along_columns, "means": means, "temperature": temperature}
+    _in_parts(_softmax_slopes, num_threads, p, q, along[: len(p)], result, **shared)
+    return result
+
+
+def _in_parts(function: Callable[..., Any], num_threads: int, *arrays: NDArray[Any], **shared: Any) -> list[Any]:
     """Calls ``function`` with slices of the rows of ``arrays``, in as many threads as are worth their start."""
     num_rows = len(arrays[0])
     num_parts = max(1, min(num_threads, num_rows, arrays[0].size // _ELEMENTS_PER_THREAD))
     bounds = [num_rows * part // num_parts for part in range(num_parts + 1)]
     parts = [
-        [array[begin:end] for array in arrays] + list(scalars.values()) for begin, end in itertools.pairwise(bounds)
+        [array[begin:end] for array in arrays] + list(shared.values()) for begin, end in itertools.pairwise(bounds)
     ]
     if num_parts == 1:
-        function(*parts[0])
-        return
+        return [function(*parts[0])]
     with ThreadPoolExecutor(num_parts) as threads:
-        for future in [threads.submit(function, *part) for part in parts]:
-            future.result()
+        return [future.result() for future in [threads.submit(function, *part) for part in parts]]
 
 
 @_compile
@@ -176,3 +255,102 @@ def _rank(values, keys, ranks):  # type: ignore[no-untyped-def]
             for place in range(start, end):
                 ranks[row, keys[row, place] & _LOWER] = rank
             start = end
+
+
+@_compile_sums
+def _correlate_rows(ranks, reference, rho, floor):  # type: ignore[no-untyped-def]
+    """Pearson's correlation of the rows, as ``pearson`` has it; writes its gradient for ``ranks`` over them."""
+    num_classes = ranks.shape[1]
+    for row in range(ranks.shape[0]):
+        a, b = ranks[row], reference[row]
+        mean_a = mean_b = products = squares_a = squares_b = 0.0
+        for column in range(num_classes):
+            mean_a += a[column]
+            mean_b += b[column]
+        mean_a /= num_classes
+        mean_b /= num_classes
+        for column in range(num_classes):
+            products += (a[column] - mean_a) * (b[column] - mean_b)
+            squares_a += (a[column] - mean_a) ** 2
+            squares_b += (b[column] - mean_b) ** 2
+        rho[row], along_a, along_b = _correlate(products, squares_a, squares_b, floor)
+        for column in range(num_classes):
+            a[column] = (b[column] - mean_b) * along_b + (a[column] - mean_a) * along_a
+
+
+@_compile_sums
+def _sum_rows(p, q, sums):  # type: ignore[no-untyped-def]
+    """(B, 3): sums of ``a * b``, ``a^2``, ``b^2``, the probabilities less 1/C."""
+    num_classes = p.shape[1]
+    level = 1 / num_classes
+    for row in range(p.shape[0]):
+        products = squares_a = squares_b = 0.0
+        for column in range(num_classes):
+            a, b = p[row, column] - level, q[row, column] - level
+            products += a * b
+            squares_a += a * a
+            squares_b += b * b
+        sums[row, 0], sums[row, 1], sums[row, 2] = products, squares_a, squares_b
+
+
+@_compile_sums
+def _sum_columns(p, q, origins):  # type: ignore[no-untyped-def]
+    """(5, C): sums of ``a``, ``b``, ``a * b``, ``a^2``, ``b^2``, the probabilities less ``origins``.
+
+    With the first row for ``origins`` one pass does: what it is away from the mean is part of the variance, so that
+    little is lost in the difference of the sums, and nothing in a constant column.
+    """
+    sums = np.zeros((5, p.shape[1]))
+    for row in range(p.shape[0]):
+        for column in range(p.shape[1]):
+            a, b = p[row, column] - origins[0, column], q[row, column] - origins[1, column]
+            sums[0, column] += a
+            sums[1, column] += b
+            sums[2, column] += a * b
+            sums[3, column] += a * a
+            sums[4, column] += b * b
+    return sums
+
+
+@_compile
+def _correlate_sums(sums, floor, additive, rho, along):  # type: ignore[no-untyped-def]
+    for index in range(len(sums)):
+        products, squares_a, squares_b = sums[index]
+        if additive:
+            norm_a, norm_b = math.sqrt(squares_a), math.sqrt(squares_b)
+            along_b = 1 / (norm_a * norm_b + floor)
+            rho[index] = products * along_b
+            along_a = -products * along_b**2 * norm_b / norm_a if norm_a > 0 else 0.0
+        else:
+            rho[index], along_a, along_b = _correlate(products, squares_a, squares_b, floor)
+        along[index, 0], along[index, 1] = along_a, along_b
+
+
+@_compile
+def _correlate(products, squares_a, squares_b, floor):  # type: ignore[no-untyped-def]
+    """Correlation, and the numbers with which its gradient is ``along_a * a + along_b * b``."""
+    floored_a, floored_b = squares_a + floor**2, squares_b + floor**2
+    along_b = 1 / math.sqrt(floored_a * floored_b)
+    return products * along_b, -products * along_b / floored_a, along_b
+
+
+@_compile_sums
+def _softmax_slopes(p, q, along_rows, result, along_columns, means, temperature):  # type: ignore[no-untyped-def]
+    """Means in float64: in a nearly constant column rounding is multiplied by as much as 1/floor^2."""
+    num_classes = p.shape[1]
+    kind = p.dtype.type
+    level, scale = kind(1 / num_classes), kind(1 / temperature)
+    along_a, along_b, mean_p, mean_q = along_columns[0], along_columns[1], means[0], means[1]
+    for row in range(p.shape[0]):
+        student, teacher, slopes = p[row], q[row], result[row]
+        row_a, row_b = along_rows[row, 0], along_rows[row, 1]
+        total = 0.0
+        for column in range(num_classes):
+            slope = (student[column] - level) * row_a + (teacher[column] - level) * row_b
+            slope += (student[column] - mean_p[column]) * along_a[column]
+            slope += (teacher[column] - mean_q[column]) * along_b[column]
+            slopes[column] = slope
+            total += slope * student[column]
+        expected = kind(total)
+        for column in range(num_classes):
+            slopes[column] = (slopes[column] - expected) * (student[column] * scale)
