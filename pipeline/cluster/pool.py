@@ -12,6 +12,7 @@ import numpy as np
 from pipeline.cluster.journal import QueueEmitter
 from pipeline.contracts.columns import BLOCK, INPUT, LABEL, LABEL_WEIGHT, PARTNER_LABEL, SAMPLE_ID, TEACHER_LOGITS, VIEW
 from pipeline.contracts.events import Event
+from pipeline.data.cache import FillWriter
 from pipeline.errors import CheckpointError
 
 _REPORT_EVERY_S = 2.0
@@ -32,6 +33,7 @@ class TeacherActor:
         num_threads: torch's CPU threads.
         logits_only: leave the inputs out of the result, and tell how many rows the teacher was asked for.
         fingerprint: what the weights must be; none: not compared.
+        fill: keeps the logits of every block, for a cache that is filled while training.
 
     Raises:
         CheckpointError: the checkpoint holds other weights than when the run began.
@@ -44,6 +46,7 @@ class TeacherActor:
         num_threads: int,
         logits_only: bool = False,
         fingerprint: str | None = None,
+        fill: FillWriter | None = None,
     ) -> None:
         import torch
 
@@ -57,6 +60,7 @@ class TeacherActor:
                 f"had {fingerprint}; put the old weights back and resume, or start a new run"
             )
         self._emitter = emitter
+        self._fill = fill
         self._logits_only = logits_only
         self._columns = (BLOCK, SAMPLE_ID) if logits_only else KEPT_COLUMNS
         self._optional = () if logits_only else MIXED_COLUMNS
@@ -68,6 +72,8 @@ class TeacherActor:
         before = self._teacher.rows_forwarded
         logits = self._teacher(batch[INPUT])
         self._busy_s += time.perf_counter() - started
+        if self._fill is not None:  # before anybody sees the block: what was trained on is there when it is asked for
+            self._fill.write(int(batch[BLOCK][0]), int(batch[VIEW][0]), batch[SAMPLE_ID], logits)
         self._rows += len(logits)
         self._report()
         mixed = tuple(name for name in self._optional if name in batch)

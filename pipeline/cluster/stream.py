@@ -13,10 +13,10 @@ time and memory by the read task.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +30,7 @@ from pipeline.contracts.columns import BLOCK, INPUT, LABEL, LABEL_WEIGHT, PARTNE
 from pipeline.contracts.events import Emitter
 from pipeline.data import AugmentParams, BlockPlan, BlockPlanner, Decoder, SplitReader, decode_block, read_blocks
 from pipeline.data.bad_rows import report_bad_rows
-from pipeline.data.cache import LogitsDecoder, LogitsReader, PartBlocks
+from pipeline.data.cache import FillWriter, LogitsDecoder, LogitsReader, PartBlocks
 
 MAX_BLOCKS_PER_TASK = 8
 MIN_BLOCKS_PER_TASK = 2
@@ -94,7 +94,7 @@ class SplitBlocks:
 
 @dataclass(frozen=True)
 class PoolPlan:
-    """How the teacher pool runs; see ``TeacherActor`` for ``build`` and ``fingerprint``."""
+    """How the teacher pool runs; see ``TeacherActor`` for ``build``, ``fingerprint`` and ``fill``."""
 
     build: bytes
     min_size: int
@@ -102,6 +102,7 @@ class PoolPlan:
     actor_options: dict[str, Any]
     num_threads: int
     fingerprint: str | None = None
+    fill: FillWriter | None = None
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,14 @@ def build_stream(plan: StreamPlan, first: int, stop: int) -> Dataset:
             warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
             dataset = dataset.map_batches(
                 TeacherActor,
-                fn_constructor_args=(pool.build, plan.emitter, pool.num_threads, plan.logits_only, pool.fingerprint),
+                fn_constructor_args=(
+                    pool.build,
+                    plan.emitter,
+                    pool.num_threads,
+                    plan.logits_only,
+                    pool.fingerprint,
+                    pool.fill,
+                ),
                 batch_size=plan.batch_size,  # a block; Ray Data asks actors with GPUs for a number
                 batch_format="numpy",
                 zero_copy_batch=True,
@@ -298,8 +306,57 @@ def iterate_stream(shards: Iterable[ray.data.DataIterator], with_teacher: bool) 
             }
 
 
+class Phase(NamedTuple):
+    """A stretch of the run that has streams of one kind.
+
+    Attributes:
+        blocks_per_segment: of its streams.
+        stop: block after its last one.
+    """
+
+    blocks_per_segment: int
+    stop: int
+
+
+class Segment(NamedTuple):
+    """Blocks ``first`` to ``stop`` of the run, which one stream delivers, and the number of their phase."""
+
+    phase: int
+    first: int
+    stop: int
+
+
+def list_segments(phases: Sequence[Phase], cursor: int) -> list[Segment]:
+    """The chain of segments from the cursor to the end of the last phase; none where nothing is left."""
+    found = []
+    for number, phase in enumerate(phases):
+        if cursor < phase.stop:
+            found += [Segment(number, *ends) for ends in segments(phase.blocks_per_segment, cursor, phase.stop)]
+            cursor = phase.stop
+    return found
+
+
+@dataclass(frozen=True)
+class RunStream:
+    """The streams of a run, one phase after the other.
+
+    Attributes:
+        plans: the stream of each phase.
+        stops: block after the last one of each phase; the last is the end of the run.
+        between: called by one process before the first block of the second phase is asked for.
+    """
+
+    plans: tuple[StreamPlan, ...]
+    stops: tuple[int, ...]
+    between: Callable[[], None] | None = None
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return tuple(Phase(plan.blocks_per_segment, stop) for plan, stop in zip(self.plans, self.stops, strict=True))
+
+
 def chain_streams(
-    plan: StreamPlan, read_cursor: Callable[[], int], first: int, stop: int
+    stream: RunStream, read_cursor: Callable[[], int], first: int
 ) -> dict[str, Dataset | Callable[[], Dataset]]:
     """Dataset builders for Ray Train, one a segment, named in their order.
 
@@ -308,15 +365,14 @@ def chain_streams(
 
     Args:
         first: the cursor now; it only fixes how many segments there can be.
-        stop: end of the run in blocks.
     """
 
     def build(index: int) -> Dataset:
-        chain = segments(plan.blocks_per_segment, read_cursor(), stop)
-        begin, end = chain[index] if index < len(chain) else (stop, stop)
-        return build_stream(plan, begin, end)
+        chain, end = list_segments(stream.phases, read_cursor()), stream.stops[-1]
+        phase, begin, stop = chain[index] if index < len(chain) else Segment(len(stream.plans) - 1, end, end)
+        return build_stream(stream.plans[phase], begin, stop)
 
-    count = len(segments(plan.blocks_per_segment, first, stop))
+    count = max(len(list_segments(stream.phases, first)), 1)
     return {segment_name(index): partial(build, index) for index in range(count)}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,14 +17,16 @@ from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, R
 
 from pipeline import errors
 from pipeline.cluster.stream import (
-    StreamPlan,
+    Phase,
+    RunStream,
+    Segment,
     build_stream,
     chain_streams,
     configure_context,
     execution_options,
     iterate_stream,
+    list_segments,
     segment_name,
-    segments,
 )
 from pipeline.cluster.tasks import find_pipeline_error
 from pipeline.contracts.checkpoints import find_furthest, read_cursor
@@ -45,7 +47,6 @@ class FitPlan:
     Attributes:
         spec: ``pipeline.training.RunSpec``.
         storage: folder every node sees; Ray Train keeps its state and checkpoints in it.
-        num_blocks: end of the run in blocks.
         worker_resources: of each worker, Ray's names.
         num_threads: torch's CPU threads in a worker.
         start_from: a checkpoint kept elsewhere, which counts if it is further than Ray Train's own.
@@ -53,7 +54,6 @@ class FitPlan:
 
     spec: Any
     storage: Path
-    num_blocks: int
     num_workers: int
     worker_resources: dict[str, float]
     num_threads: int
@@ -62,7 +62,7 @@ class FitPlan:
     start_from: Path | None = None
 
 
-def fit(plan: FitPlan, source: ray.ObjectRef[Any], stream: StreamPlan, emitter: Emitter) -> Path:
+def fit(plan: FitPlan, source: ray.ObjectRef[Any], stream: RunStream, emitter: Emitter) -> Path:
     """Trains with Ray Train, going on from the last committed checkpoint in ``plan.storage``.
 
     Args:
@@ -79,14 +79,15 @@ def fit(plan: FitPlan, source: ray.ObjectRef[Any], stream: StreamPlan, emitter: 
     plan.storage.mkdir(parents=True, exist_ok=True)
     fatal = plan.storage / _FATAL_FILE
     fatal.unlink(missing_ok=True)
-    configure_context(ray.data.DataContext.get_current(), stream)
+    configure_context(ray.data.DataContext.get_current(), stream.plans[0])
     find_cursor = partial(_find_cursor, str(plan.storage), plan.start_from)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
             "plan": plan,
             "source": source,
-            "blocks_per_segment": stream.blocks_per_segment,
+            "phases": stream.phases,
+            "between": stream.between,
             "emitter": emitter,
         },
         scaling_config=ScalingConfig(
@@ -100,17 +101,15 @@ def fit(plan: FitPlan, source: ray.ObjectRef[Any], stream: StreamPlan, emitter: 
             failure_config=FailureConfig(max_failures=plan.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
-        datasets=chain_streams(
-            stream, partial(_cursor_unless_fatal, find_cursor, str(fatal)), find_cursor(), plan.num_blocks
-        ),
-        dataset_config=DataConfig(execution_options=execution_options(stream)),
+        datasets=chain_streams(stream, partial(_cursor_unless_fatal, find_cursor, str(fatal)), find_cursor()),
+        dataset_config=DataConfig(execution_options=execution_options(stream.plans[0])),
     )
     try:
         trainer.fit()
     except Exception as error:
         raise _explain(error, fatal) from error
     folder = find_furthest([committed_folder(str(plan.storage)), plan.start_from])
-    if folder is None or read_cursor(folder) != plan.num_blocks:
+    if folder is None or read_cursor(folder) != stream.stops[-1]:
         raise TrainingError(f"training ended without its last checkpoint in {plan.storage}; resume the run")
     return folder
 
@@ -147,7 +146,9 @@ def _worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(plan.num_threads)
     try:
         context = RayWorkerContext(config["emitter"], plan.start_from)
-        shards = ShardSource(config["blocks_per_segment"], plan.num_blocks, plan.with_teacher, context.cursor())
+        # The others wait for rank 0 at the next stream, which gives no block before all have asked for one.
+        between = config["between"] if context.rank == 0 else None
+        shards = ShardSource(config["phases"], plan.with_teacher, context.cursor(), between)
         train(build_job(plan.spec, ray.get(config["source"]), config["emitter"]), context, shards)
     except Exception as error:
         _record_fatal(error, plan.storage / _FATAL_FILE)
@@ -161,13 +162,20 @@ class ShardSource:
 
     Args:
         start: the block that the restored checkpoint stands at.
+        between: see ``RunStream``.
     """
 
-    def __init__(self, blocks_per_segment: int, num_blocks: int, with_teacher: bool, start: int) -> None:
+    def __init__(
+        self,
+        phases: Sequence[Phase],
+        with_teacher: bool,
+        start: int,
+        between: Callable[[], None] | None = None,
+    ) -> None:
         from pipeline.training import ReadAhead
 
-        count = len(segments(blocks_per_segment, start, num_blocks)) if start < num_blocks else 0
-        shards = (ray.train.get_dataset_shard(segment_name(index)) for index in range(count))
+        indexes = _in_order(phases, start, between)
+        shards = (ray.train.get_dataset_shard(segment_name(index)) for index, _ in indexes)
         self._start = start
         self._blocks = ReadAhead(_as_blocks(iterate_stream(shards, with_teacher)), depth=1)
 
@@ -183,16 +191,26 @@ class ShardSource:
 class DriverSource:
     """The whole stream, for a student that is trained in the driver's process."""
 
-    def __init__(self, stream: StreamPlan, num_blocks: int, with_teacher: bool) -> None:
-        self._stream, self._num_blocks, self._with_teacher = stream, num_blocks, with_teacher
+    def __init__(self, stream: RunStream, with_teacher: bool) -> None:
+        self._stream, self._with_teacher = stream, with_teacher
 
     def blocks(self, start: int) -> Iterator[Any]:
         # A coordinator process of its own runs the execution, so that it does not share this one's lock.
+        stream = self._stream
         shards = (
-            build_stream(self._stream, begin, end).streaming_split(1, equal=True)[0]
-            for begin, end in segments(self._stream.blocks_per_segment, start, self._num_blocks)
+            build_stream(stream.plans[segment.phase], segment.first, segment.stop).streaming_split(1, equal=True)[0]
+            for _, segment in _in_order(stream.phases, start, stream.between)
         )
         return _as_blocks(iterate_stream(shards, self._with_teacher))
+
+
+def _in_order(phases: Sequence[Phase], start: int, between: Callable[[], None] | None) -> Iterator[tuple[int, Segment]]:
+    """The segments with their numbers, each when it is asked for; ``between`` is called before the second phase."""
+    for index, segment in enumerate(list_segments(phases, start)):
+        if segment.phase > 0 and between is not None:
+            between()
+            between = None
+        yield index, segment
 
 
 def _as_blocks(stream: Iterator[dict[str, Any]]) -> Iterator[Any]:

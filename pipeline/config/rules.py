@@ -47,7 +47,7 @@ def asks_teacher(config: Config, command: str) -> bool:
 
 def uses_pool(config: Config, command: str) -> bool:
     """Whether the teacher is asked while a run of ``command`` goes on, and not a cache."""
-    return asks_teacher(config, command) and (command in TEACHER_ONLY or config.teacher.source == "online")
+    return asks_teacher(config, command) and (command in TEACHER_ONLY or config.teacher.source != "cached")
 
 
 def _teacher_is_given(config: Config, command: str) -> Iterator[Problem]:
@@ -66,13 +66,6 @@ def _teacher_is_given(config: Config, command: str) -> Iterator[Problem]:
         )
 
 
-def _source_exists(config: Config, command: str) -> Iterator[Problem]:
-    if config.teacher.source == "fill":
-        yield Problem(
-            "teacher.source", "fill is not available yet; run `cache build` first and use teacher.source=cached"
-        )
-
-
 def _cache_is_described(config: Config, command: str) -> Iterator[Problem]:
     cached = asks_teacher(config, command) and config.teacher.source != "online"
     if not (cached or command.startswith("cache ")):
@@ -87,11 +80,18 @@ def _cache_is_described(config: Config, command: str) -> Iterator[Problem]:
             "not set, but a cache holds a fixed number of augmented views; set data.num_views=4, say, and epoch e "
             "shows view e modulo 4, or switch the augmentation off",
         )
+    num_views = (config.data.num_views or 1) if config.data.augment.varies else 1
+    if cached and config.teacher.source == "fill" and config.train.epochs <= num_views:
+        yield Problem(
+            "train.epochs",
+            f"expected more than {num_views}, the views that teacher.source=fill computes in as many epochs before it "
+            f"reads any, got {config.train.epochs}; train longer, set fewer data.num_views, or teacher.source=online",
+        )
 
 
 def _cache_has_what_the_loss_needs(config: Config, command: str) -> Iterator[Problem]:
     loss, cache = config.loss, config.cache
-    if cache.format != "topk" or not asks_teacher(config, command) or uses_pool(config, command):
+    if cache.format != "topk" or not asks_teacher(config, command) or config.teacher.source == "online":
         return
     if "full" in loss.needs:
         yield Problem(
@@ -203,7 +203,7 @@ def _no_password(config: Config, command: str) -> Iterator[Problem]:
 
 _Rules = tuple[Callable[[Config, str], Iterator[Problem]], ...]
 
-_RULES: _Rules = (_teacher_is_given, _source_exists, _cache_is_described, _no_password)
+_RULES: _Rules = (_teacher_is_given, _cache_is_described, _no_password)
 _TRAINING_RULES: _Rules = (
     _cache_has_what_the_loss_needs,
     _blocks_per_step,

@@ -51,7 +51,7 @@ def render_manifest(folder: str, manifest: Manifest) -> str:
         *([f"teacher.{name}", value] for name, value in {**key.architecture, **key.preprocessing}.items()),
         ["precision", key.precision],
         ["data", key.data],
-        ["augmentation", ", ".join(f"{name} {value}" for name, value in key.augment.items() if value) or "none"],
+        ["augmentation", ", ".join(f"{name} {value}" for name, value in _switched_on(key).items()) or "none"],
         ["seed of the views", key.seed],
         ["built", manifest.recorded.get("created")],
         ["on", f"{manifest.recorded.get('host')}, {manifest.recorded.get('device')}"],
@@ -89,6 +89,11 @@ def render_topk_errors(errors: Sequence[TopkError], key: CacheKey) -> str:
 
 def _format(key: CacheKey) -> str:
     return f"{key.format}{'' if key.k is None else f' {key.k}'} of {key.num_classes:,}, {key.dtype}"
+
+
+def _switched_on(key: CacheKey) -> dict[str, object]:
+    unused = () if key.augment.get("randaugment") else ("randaugment_magnitude",)
+    return {name: value for name, value in key.augment.items() if value and name not in unused}
 
 
 def _text(value: object) -> object:

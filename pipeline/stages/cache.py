@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,7 +17,9 @@ from pipeline.data.bad_rows import NO_SAMPLE
 from pipeline.data.cache import (
     Cache,
     CacheKey,
+    LogitsDecoder,
     WindowedLogits,
+    check_classes,
     find_deviations,
     list_caches,
     open_cache,
@@ -32,11 +35,13 @@ from pipeline.models import Teacher
 from pipeline.report.cache import format_bytes, render_caches, render_manifest, render_plan
 from pipeline.report.rows import RowProgress
 from pipeline.report.tables import render_table
-from pipeline.stages.work import cache_key, check_teacher
+from pipeline.stages.cached import cache_key
+from pipeline.stages.work import check_teacher
 from pipeline.training import open_training, teacher_arguments
 
 _NAME = "the name of a cache, as `cache info` shows it"
-_PLAN = ("rows", "classes", "views", "teacher_rows_per_s", "samples_per_s")
+_WHOLE = ("rows", "classes", "views")
+_PLAN = (*_WHOLE, "teacher_rows_per_s", "samples_per_s")
 _ROWS_COMPARED = 1000
 
 
@@ -86,13 +91,23 @@ def verify_cache(request: Request) -> int:
         source, reader, key = _find_key(config)
         cache = open_cache(path, key, reader)
         name = key.digest
+    elif rows is not None:
+        raise ConfigError(
+            f"rows={rows}: rows are compared with the teacher, but name={name} has files checked only; leave out one of "
+            "them"
+        )
     folder, manifest = open_manifest(path, name)
     print(f"checking {len(manifest.parts):,} parts of {folder.shown}", flush=True)
     if problems := verify_files(folder):
         raise CacheError("\n  - ".join([f"{len(problems)} files of {folder.shown}:", *problems]), exit_code=1)
     print(f"ok: {len(manifest.parts):,} parts, {manifest.num_rows:,} rows, {format_bytes(manifest.num_bytes)}")
     if cache is not None and source is not None:
-        _compare(config, source, cache, _count_rows(rows, cache))
+        num_rows = _count_rows(rows, cache)
+        try:
+            _compare(config, source, cache, num_rows)
+        except CacheError as error:
+            error.details["exit_code"] = 1
+            raise
     return 0
 
 
@@ -141,14 +156,17 @@ def _take_plan(overrides: list[str]) -> tuple[dict[str, float], list[str]]:
             plan[name] = float(value)
         except ValueError:
             plan[name] = 0.0
-        if name not in _PLAN or not plan[name] > 0:
+        if name not in _PLAN or not 0 < plan[name] < math.inf:
             raise ConfigError(f"{text}: expected a number above 0 for one of {', '.join(f'plan.{n}' for n in _PLAN)}")
+        if name in _WHOLE and plan[name] % 1:
+            raise ConfigError(f"{text}: expected a whole number")
     return plan, [text for text in overrides if not text.startswith("plan.")]
 
 
 def _show_plan(config: Config, plan: dict[str, float]) -> None:
     if missing := [f"plan.{name}" for name in ("rows", "classes") if name not in plan]:
         raise ConfigError(f"{' and '.join(missing)}: must be given, as in plan.rows=1281167 plan.classes=1000")
+    check_classes(config.cache, int(plan["classes"]))
     rate, samples_per_s = plan.get("teacher_rows_per_s"), plan.get("samples_per_s")
     views = plan.get("views", config.data.num_views or 1)
     planned = plan_cache(
@@ -161,52 +179,52 @@ def _show_plan(config: Config, plan: dict[str, float]) -> None:
 
 
 def _count_rows(given: str | None, cache: Cache) -> int:
+    num_rows = cache.manifest.key.num_views * cache.rows.num_rows
     if given == "all":
-        return cache.manifest.num_rows
-    if given is not None and not given.isdigit():
+        return num_rows
+    if given is not None and not given.isdecimal():
         raise ConfigError(f"rows={given}: expected a number of rows, or all")
-    return min(int(given or _ROWS_COMPARED), cache.manifest.num_rows)
+    return min(int(given or _ROWS_COMPARED), num_rows)
 
 
 def _compare(config: Config, source: DataSource, cache: Cache, num_rows: int) -> None:
     """Compares random rows of the cache with what the teacher says of them now, in this process.
 
     Raises:
-        CacheError: they are further apart than rounding explains.
+        CacheError: they are further apart than rounding explains; a row can be decoded now, but could not be then.
     """
     if num_rows == 0:
         return
     teacher = Teacher(**teacher_arguments(config.teacher, source, config.train.batch_size))
     reader, key = open_training(source), cache.manifest.key
-    logits, bound = WindowedLogits(cache, limit_bytes=0), tolerance(key)
+    logits, stored = WindowedLogits(cache, limit_bytes=0), LogitsDecoder(key.num_classes)
+    decoder, augment = source.decoder("train"), config.data.augment
     deviations, largest_logit = [], 0.0
     with RowProgress(num_rows) as progress:
         for plan in _draw_blocks(cache, num_rows, config.train.batch_size):
-            table = read_blocks(reader, [plan], config.data.augment, config.view_seed)
-            decoder, augment = source.decoder("train"), config.data.augment
-            rows = decode_block(table, decoder, augment, config.view_seed, substitute=False)
+            table = read_blocks(reader, [plan], augment, config.view_seed, logits)
+            rows = decode_block(table, decoder, augment, config.view_seed, substitute=False, logits=stored)
             live = teacher(rows[INPUT])
-            found = find_deviations(logits.read(plan.view, plan.sample_ids), live, key)
+            found = find_deviations(table, live, key)
             good = rows[SAMPLE_ID] != NO_SAMPLE
             deviations.append(found[good])
             largest_logit = max(largest_logit, float(np.ptp(live[good], axis=1).max(initial=0)))
             progress.advance(len(plan.sample_ids))
     values = np.concatenate(deviations)
-    limit = bound * max(largest_logit, 1.0)
+    limit = tolerance(key) * max(largest_logit, 1.0)
     figures = [["rows compared", len(values)], ["largest deviation of a logit", float(values.max(initial=0))]]
     figures += [["mean over rows", float(values.mean())], ["bound", limit]]
     print(render_table("cache against the live teacher", ("what", "value"), figures))
     if values.max(initial=0) > limit:
         raise CacheError(
             f"{cache.folder.shown}: the teacher now gives logits that differ by up to {values.max():.3g}, more than "
-            f"rounding explains ({limit:.3g}); delete it with `cache prune name={key.digest}` and build it again.",
-            exit_code=1,
+            f"rounding explains ({limit:.3g}); delete it with `cache prune name={key.digest}` and build it again."
         )
 
 
 def _draw_blocks(cache: Cache, num_rows: int, batch_size: int) -> Iterator[BlockPlan]:
     """Rows of all views, drawn without replacement, as blocks of one view each."""
-    ids, num_views = cache.manifest.layout.rows.ids, cache.manifest.key.num_views
+    ids, num_views = cache.rows.ids, cache.manifest.key.num_views  # the cache may hold more
     drawn = np.sort(np.random.default_rng().permutation(len(ids) * num_views)[:num_rows])
     position = 0
     for view in range(num_views):

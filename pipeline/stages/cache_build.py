@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import platform
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +15,7 @@ from pipeline.config.request import Request
 from pipeline.config.results import write_json
 from pipeline.config.runs import Run
 from pipeline.config.schema import Config
+from pipeline.config.stored import write_text
 from pipeline.contracts.columns import INPUT, SAMPLE_ID, SplitName
 from pipeline.contracts.events import Event, RowEvents
 from pipeline.data import DataSource, SplitReader, decode_block, read_blocks
@@ -36,16 +34,15 @@ from pipeline.data.cache import (
 )
 from pipeline.data.logits import load_logits
 from pipeline.report.cache import format_bytes, render_manifest, render_topk_errors
+from pipeline.stages.cached import cache_folder, cache_key, describe_origin
 from pipeline.stages.execution import list_demands
 from pipeline.stages.joining import join_cluster
-from pipeline.stages.logits import LogitsHere, Streams
+from pipeline.stages.logits import LogitsHere, Streams, teacher_accuracy
 from pipeline.stages.session import RunSession
 from pipeline.stages.skipped import SkippedRows
 from pipeline.stages.story import Story, tell
-from pipeline.stages.work import CheckedTeacher, cache_key, check_validation_labels
+from pipeline.stages.work import CheckedTeacher, check_validation_labels
 from pipeline.training import open_training
-
-_PACKAGES = ("distill-pipeline", "torch", "torchvision", "numpy", "pillow", "pyarrow")
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class _Work:
 
     @property
     def folder(self) -> str:
-        return f"{(self.run.config.cache.path or '').rstrip('/')}/{self.key.digest}"
+        return cache_folder(self.run.config, self.key)
 
 
 def build_cache(request: Request) -> int:
@@ -99,7 +96,8 @@ def _carry_out(work: _Work, session: RunSession) -> None:
                     rows = {"computed": blocks.num_rows, "forwarded": teacher.write(build, blocks)}
                     session.say("logits", "finished")
             session.say("sealing", detail="reading and checking every part")
-            cache = build.seal(accuracy, _record(session, rows))
+            counted = {f"rows_{name}_last": number for name, number in rows.items()}
+            cache = build.seal(accuracy, describe_origin(work.run) | counted)
             session.say("sealing", "finished")
         _finish(work, cache, rows, session)
 
@@ -119,33 +117,16 @@ def _announce(work: _Work, build: CacheBuild, num_missing: int, session: RunSess
 
 def _measure_teacher(work: _Work, teacher: _Teacher, session: RunSession) -> float | None:
     """Accuracy on validation; for a top-k cache also what it loses, on the same rows."""
-    reader = work.source.split("validation")
-    logits, labels = load_logits(teacher.compute("validation", reader)), reader.read_labels()
-    usable = np.isfinite(logits).all(axis=1)
-    if not usable.any():
-        return None
+    path = teacher.compute("validation", work.source.split("validation"))
     if work.key.format == "topk":
-        table = render_topk_errors(measure_topk_error(logits[usable], work.key), work.key)
-        path = work.run.dir / "topk_errors.txt"
-        path.write_text(table, encoding="utf-8")
-        session.journal.emit(Event("artifact", {"path": str(path), "folder": "cache"}))
-        session.say("top-k", "measured", f"on {int(usable.sum()):,} validation rows:\n{table}")
-    return float((logits[usable].argmax(axis=1) == labels[usable]).mean())
-
-
-def _record(session: RunSession, rows: dict[str, int]) -> dict[str, Any]:
-    import torch
-
-    return {
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "host": platform.node(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-        "versions": {name: version(name) for name in _PACKAGES},
-        "run": session.run.name,
-        "batch_size": session.run.config.train.batch_size,
-        "rows_computed_last": rows["computed"],
-        "rows_forwarded_last": rows["forwarded"],
-    }
+        logits = load_logits(path)
+        logits = logits[np.isfinite(logits).all(axis=1)]
+        table = render_topk_errors(measure_topk_error(logits, work.key), work.key)
+        file = work.run.dir / "topk_errors.txt"
+        write_text(file, table)
+        session.journal.emit(Event("artifact", {"path": str(file), "folder": "cache"}))
+        session.say("top-k", "measured", f"on {len(logits):,} validation rows:\n{table}")
+    return teacher_accuracy(work.source, path)
 
 
 def _finish(work: _Work, cache: Cache, rows: dict[str, int], session: RunSession) -> None:

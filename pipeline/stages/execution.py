@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,10 +14,13 @@ from pipeline.config.schema import Config
 from pipeline.contracts.columns import SplitName
 from pipeline.contracts.events import Emitter, Event
 from pipeline.data import SplitReader
+from pipeline.data.cache import LogitsDecoder, LogitsReader
+from pipeline.data.sealing import seal_fill
 from pipeline.errors import ResourceError, TrainingError
 from pipeline.evaluation.metrics import TEACHER_METRICS
+from pipeline.stages.cached import plan_seal
 from pipeline.stages.joining import join_cluster
-from pipeline.stages.logits import LogitsHere, Streams
+from pipeline.stages.logits import LogitsHere, Streams, teacher_accuracy
 from pipeline.stages.pool import list_stream_demands
 from pipeline.stages.session import RunSession
 from pipeline.stages.work import Work
@@ -24,6 +28,7 @@ from pipeline.training import (
     BestRecord,
     Evaluation,
     EvaluationSpec,
+    FillHere,
     InProcessSource,
     LocalContext,
     RunSpec,
@@ -37,7 +42,7 @@ from pipeline.training import (
 if TYPE_CHECKING:  # importing ray takes seconds, and not every way needs it
     from pipeline.cluster.journal import QueueDrain
     from pipeline.cluster.preflight import Demand
-    from pipeline.cluster.stream import StreamPlan
+    from pipeline.cluster.stream import RunStream, StreamPlan
 
 
 class Execution(Protocol):
@@ -97,10 +102,21 @@ class _InProcess:
             self._teacher.teacher if self._teacher is not None and self._asks_teacher else None,
             skipped,
             work.cached,
+            None if work.fill is None else FillHere(work.fill.writer, work.fill.end, partial(self._seal, spec)),
         )
         state = train(build_job(spec, work.source, skipped), _local_context(work, self._session), source)
         self._session.say("training", "finished")
         return _kept(state.best)
+
+    def _seal(self, spec: RunSpec) -> tuple[LogitsReader, LogitsDecoder]:
+        """The cache that was filled up to now."""
+        work, teacher = self._work, self._teacher
+        assert work.fill is not None
+        assert teacher is not None
+        self._session.say("cache", detail="sealing what was filled")
+        counted = seal_fill(plan_seal(work, work.fill, _accuracy(work, spec)), work.reader, lambda: teacher.teacher)
+        self._session.say("cache", "finished", f"{counted} rows were in no block and were computed")
+        return work.fill.logits, work.fill.decoder
 
     def evaluate(self, split: SplitName, reader: SplitReader) -> Evaluation:
         logits = self.logits(split, reader)
@@ -150,7 +166,6 @@ class _OnRay:
         plan = FitPlan(
             spec=spec,
             storage=work.run.dir / "ray",
-            num_blocks=work.plan.num_blocks,
             num_workers=cluster.num_workers,
             worker_resources=_worker_bundle(work.config),
             num_threads=_num_threads(work),
@@ -158,7 +173,7 @@ class _OnRay:
             with_teacher=work.teacher is not None,
             start_from=find_local(work.run.dir / "checkpoints"),
         )
-        folder = fit(plan, share(work.source), self._training_stream(), self._drain.emitter)
+        folder = fit(plan, share(work.source), self._run_stream(spec), self._drain.emitter)
         saved = read_state(folder)["best"]
         return _kept(None if saved is None else BestRecord(**saved))
 
@@ -166,7 +181,7 @@ class _OnRay:
         from pipeline.cluster.train import DriverSource
 
         work = self._work
-        source = DriverSource(self._training_stream(), work.plan.num_blocks, work.teacher is not None)
+        source = DriverSource(self._run_stream(spec), work.teacher is not None)
         context = _local_context(work, self._session)
         return _kept(train(build_job(spec, work.source, self._session.skipped), context, source).best)
 
@@ -178,14 +193,36 @@ class _OnRay:
 
         return run_task(evaluate_weights, spec, _worker_bundle(self._work.config))
 
-    def _training_stream(self) -> StreamPlan:
+    def _run_stream(self, spec: RunSpec) -> RunStream:
+        """One stream to the end, or, where a cache is filled, one that computes and then one that reads."""
+        from pipeline.cluster.fill import SealTask
+        from pipeline.cluster.stream import RunStream, share
+
+        work, end = self._work, self._work.plan.num_blocks
+        if work.fill is None:
+            return RunStream((self._training_stream(work.cached),), (end,))
+        filling = self._training_stream(None)
+        assert filling.pool is not None
+        pool = replace(filling.pool, fill=work.fill.writer)
+        reading = self._training_stream((work.fill.logits, work.fill.decoder))
+        plan = plan_seal(work, work.fill, _accuracy(work, spec))
+        seal = SealTask(plan, share(work.reader), pool.build, pool.actor_options, self._drain.emitter)
+        return RunStream((replace(filling, pool=pool), reading), (work.fill.end, end), seal)
+
+    def _training_stream(self, cached: tuple[LogitsReader, LogitsDecoder] | None) -> StreamPlan:
         from pipeline.cluster.stream import TrainingBlocks
 
         work = self._work
-        reader, decoder = work.cached or (None, None)
+        reader, decoder = cached or (None, None)
         blocks = TrainingBlocks(work.reader, work.planner, work.config.data.augment, work.config.view_seed, reader)
         stream = self._streams.make(blocks, "train", work.reader, work.plan.blocks_per_step)
         return stream if decoder is None else replace(stream, pool=None, logits=decoder)
+
+
+def _accuracy(work: Work, spec: RunSpec) -> float | None:
+    """The teacher's on validation."""
+    logits = spec.validation_logits
+    return None if logits is None else teacher_accuracy(work.source, Path(logits))
 
 
 def list_demands(config: Config, command: str) -> list[Demand]:

@@ -9,11 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from pipeline.config.schema import Config
 from pipeline.contracts.columns import SplitName
 from pipeline.contracts.events import Emitter
 from pipeline.data import DataSource, SplitReader
-from pipeline.data.logits import save_logits
+from pipeline.data.logits import load_logits, save_logits
 from pipeline.models import Teacher
 from pipeline.stages.pool import estimate_block_bytes, make_pool_plan, pool_device, stream_limits
 from pipeline.stages.session import RunSession
@@ -30,6 +32,17 @@ def logits_path(
     """Where the teacher's logits on a split are kept: beside the runs, by all that they depend on."""
     rows = hashlib.sha256(reader.sample_ids.tobytes()).hexdigest()[:12]
     return run_dir.parent / "teacher_logits" / f"{teacher.key}-{source.fingerprint[:16]}" / f"{split}-{rows}.npy"
+
+
+def teacher_accuracy(source: DataSource, path: Path) -> float | None:
+    """Share of the validation rows whose label is the teacher's likeliest class; none where no row can be used.
+
+    Args:
+        path: of the file with the teacher's logits on validation.
+    """
+    logits, labels = load_logits(path), source.split("validation").read_labels()
+    usable = np.isfinite(logits).all(axis=1)
+    return float((logits[usable].argmax(axis=1) == labels[usable]).mean()) if usable.any() else None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from pipeline.config.load import load_config
 from pipeline.config.request import Request
-from pipeline.config.rules import asks_teacher
+from pipeline.config.rules import asks_teacher, uses_pool
 from pipeline.config.runs import Run, open_run
 from pipeline.config.schema import Config
 from pipeline.data import DataSource
@@ -70,7 +70,7 @@ def tell(story: Story[WorkT], request: Request, defaults: Sequence[str] = ()) ->
         try:
             work = story.prepare(run, source, teacher)
             dataset = _describe_dataset(source, run) if story.dataset is None else story.dataset(work)
-            session = RunSession(run, dataset, with_teacher=teacher is not None)
+            session = RunSession(run, dataset, with_teacher=uses_pool(run.config, run.command))
         except BaseException:
             run.discard()
             raise

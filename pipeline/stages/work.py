@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,8 @@ import numpy as np
 from pipeline.config.runs import Run
 from pipeline.config.schema import Config
 from pipeline.contracts.columns import SplitName
-from pipeline.data import BlockPlanner, DataSource, SplitReader, TableReader
-from pipeline.data.cache import (
-    CacheKey,
-    LogitsDecoder,
-    LogitsReader,
-    WindowedLogits,
-    check_temperature,
-    load_logits,
-    open_cache,
-    row_bytes,
-)
+from pipeline.data import BlockPlanner, DataSource, SplitReader
+from pipeline.data.cache import LogitsDecoder, LogitsReader
 from pipeline.errors import DataError
 from pipeline.losses import Perturbation
 from pipeline.models import (
@@ -36,6 +27,7 @@ from pipeline.models import (
     load_initial_weights,
     load_teacher_weights,
 )
+from pipeline.stages.cached import Fill, cache_key, is_complete, open_cached, plan_fill
 from pipeline.training import RunPlan, RunSpec, make_plan, make_planner, open_training
 
 
@@ -73,6 +65,7 @@ class Work:
         teacher: none where nobody teaches.
         reader: the training split.
         cached: reads the teacher's logits out of a cache, and decodes them; none where the teacher itself is asked.
+        fill: the cache that is filled while training, if any.
     """
 
     run: Run
@@ -83,6 +76,7 @@ class Work:
     planner: BlockPlanner
     plan: RunPlan
     cached: tuple[LogitsReader, LogitsDecoder] | None = None
+    fill: Fill | None = None
 
     @property
     def config(self) -> Config:
@@ -106,48 +100,6 @@ class Work:
             None if validation_logits is None else str(validation_logits),
             None if self.teacher is None else self.teacher.class_similarity,
         )
-
-
-def cache_key(config: Config, source: DataSource, teacher: CheckedTeacher) -> CacheKey:
-    """Everything that the logits in a cache of this configuration depend on."""
-    augment, cache = config.data.augment, config.cache
-    return CacheKey(
-        teacher=teacher.fingerprint,
-        architecture=dict(teacher.architecture),
-        preprocessing=dict(teacher.preprocessing),
-        precision=teacher.precision,
-        data=source.fingerprint,
-        augment=augment.model_dump(mode="json"),
-        seed=config.view_seed if augment.varies else None,
-        num_views=(config.data.num_views or 1) if augment.varies else 1,  # otherwise all views are the same
-        num_classes=source.spec.num_classes,
-        format=cache.format,
-        k=cache.k,
-        dtype=cache.dtype,
-    )
-
-
-def open_cached(
-    config: Config, source: DataSource, teacher: CheckedTeacher, reader: SplitReader
-) -> tuple[LogitsReader, LogitsDecoder]:
-    """The cache of this configuration: in memory where the split is, otherwise read by the windows of its shuffle.
-
-    Raises:
-        CacheError: there is none, it is not complete, damaged, or lacks rows.
-        ConfigError: a top-k cache does not know what the loss needs at its temperature.
-    """
-    num_classes = source.spec.num_classes
-    temperature = 1.0
-    if config.cache.format == "topk":
-        (temperature,) = config.loss.topk_temperatures
-        check_temperature(temperature)
-    key = cache_key(config, source, teacher)
-    cache = open_cache(config.cache.path or "", key, reader)
-    if isinstance(reader, TableReader):
-        return load_logits(cache), LogitsDecoder(num_classes, temperature)
-    window_rows = config.data.window_bytes * reader.num_rows / max(reader.encoded_bytes, 1)
-    limit = 2 * int(1.5 * window_rows) * row_bytes(num_classes, key)
-    return WindowedLogits(cache, limit), LogitsDecoder(num_classes, temperature)
 
 
 def trained_network(config: Config, command: str) -> tuple[str, ModelParams]:
@@ -242,7 +194,10 @@ def prepare_work(run: Run, source: DataSource, teacher: CheckedTeacher | None) -
     load_initial_weights(classifier, network, role=role)
     reader = open_training(source)
     planner = make_planner(config.data, reader, config.train, config.run.seed)
-    cached = None
-    if teacher is not None and config.teacher.source == "cached":
-        cached = open_cached(config, source, teacher, reader)
-    return Work(run, source, network, teacher, reader, planner, make_plan(planner, config.train), cached)
+    work = Work(run, source, network, teacher, reader, planner, make_plan(planner, config.train))
+    if teacher is None or config.teacher.source == "online":
+        return work
+    key = cache_key(config, source, teacher)
+    if config.teacher.source == "fill" and not is_complete(config, key):
+        return replace(work, fill=plan_fill(work, key))
+    return replace(work, cached=open_cached(config, key, reader))

@@ -3,6 +3,7 @@
 from pipeline.training.context import BatchSource, Block, LocalContext, WorkerContext, check_block, find_local
 from pipeline.training.job import (
     EvaluationSpec,
+    FillHere,
     InProcessSource,
     RunSpec,
     TeacherArguments,
@@ -28,6 +29,7 @@ __all__ = [
     "Evaluation",
     "EvaluationSet",
     "EvaluationSpec",
+    "FillHere",
     "InProcessSource",
     "LocalContext",
     "OptimizerParams",

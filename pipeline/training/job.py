@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from pipeline.data import (
     read_blocks,
 )
 from pipeline.data.bad_rows import report_bad_rows
-from pipeline.data.cache import LogitsDecoder, LogitsReader
+from pipeline.data.cache import FillWriter, LogitsDecoder, LogitsReader
 from pipeline.data.decode import BAD
 from pipeline.data.logits import load_logits
 from pipeline.errors import ConfigError
@@ -150,6 +150,21 @@ def compute_logits(teacher: Teacher, decoder: Decoder, reader: SplitReader, batc
     return np.concatenate([np.where(rows[BAD][:, None], np.nan, teacher(rows[INPUT])) for rows in blocks])
 
 
+@dataclass(frozen=True)
+class FillHere:
+    """A cache that is filled in this process.
+
+    Attributes:
+        writer: keeps what the teacher says.
+        end: the block from which on the cache is read.
+        seal: makes the cache, and opens it.
+    """
+
+    writer: FillWriter
+    end: int
+    seal: Callable[[], tuple[LogitsReader, LogitsDecoder]]
+
+
 class InProcessSource:
     """The stream's blocks without Ray: the same plan, read, decode and teacher, one after the other.
 
@@ -159,6 +174,7 @@ class InProcessSource:
         stop: end of the run in blocks.
         emitter: is told of rows that are skipped.
         cached: reads logits out of a cache, and decodes them.
+        fill: keeps what the teacher says, and turns it into a cache.
     """
 
     def __init__(
@@ -172,7 +188,9 @@ class InProcessSource:
         teacher: Teacher | None = None,
         emitter: Emitter | None = None,
         cached: tuple[LogitsReader, LogitsDecoder] | None = None,
+        fill: FillHere | None = None,
     ) -> None:
+        self._fill = fill
         self._cached: LogitsReader | None = None
         self._logits_decoder: LogitsDecoder | None = None
         if cached is not None:
@@ -186,9 +204,15 @@ class InProcessSource:
         """Blocks ``start`` to the end; see ``BatchSource``."""
         augment, seed = self._data.augment, self._seed
         for plan in self._planner.blocks(start, self._stop):
+            if self._fill is not None and self._cached is None and plan.position >= self._fill.end:
+                self._cached, self._logits_decoder = self._fill.seal()
             table = read_blocks(self._reader, [plan], augment, seed, self._cached)
             rows = decode_block(table, self._decoder, augment, seed, self._on_bad, logits=self._logits_decoder)
-            logits = rows.get(TEACHER_LOGITS) if self._teacher is None else self._teacher(rows[INPUT])
+            logits = rows.get(TEACHER_LOGITS)
+            if self._teacher is not None and self._cached is None:
+                logits = self._teacher(rows[INPUT])
+                if self._fill is not None:
+                    self._fill.writer.write(plan.position, plan.view, rows[SAMPLE_ID], logits)
             yield Block(
                 position=plan.position,
                 inputs=rows[INPUT],

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.cluster.journal import QueueDrain
-from pipeline.cluster.stream import share
+from pipeline.cluster.stream import RunStream, share
 from pipeline.cluster.train import FitPlan, fit
 from pipeline.contracts.events import Event
 from pipeline.errors import TrainingError
@@ -93,7 +93,6 @@ class Audit:
         plan = FitPlan(
             spec=self.spec(),
             storage=self.storage,
-            num_blocks=self.plan.num_blocks,
             num_workers=num_workers,
             worker_resources={"CPU": 1.0},
             num_threads=1,
@@ -103,7 +102,8 @@ class Audit:
         )
         drain = QueueDrain(self.recorder)
         try:
-            return read_state(fit(plan, share(SOURCE), self.stream.plan, drain.emitter))
+            stream = RunStream((self.stream.plan,), (self.plan.num_blocks,))
+            return read_state(fit(plan, share(SOURCE), stream, drain.emitter))
         finally:
             drain.close()
 

@@ -15,7 +15,7 @@ import torch
 
 from pipeline.cluster import stream as stream_module
 from pipeline.cluster.journal import EventQueue, QueueEmitter
-from pipeline.cluster.stream import PoolPlan, build_stream, chain_streams
+from pipeline.cluster.stream import PoolPlan, RunStream, build_stream, chain_streams
 from pipeline.config.schema import teacher_classes
 from pipeline.contracts.columns import SplitName
 from pipeline.data import AugmentParams, Decoder, TableReader
@@ -182,7 +182,7 @@ def test_chain_of_segments_is_one_stream_from_wherever_the_cursor_stands(monkeyp
     # Two tasks of ten blocks would be 20: with three workers the last ones would be cut into parts.
     assert stream.plan.blocks_per_segment == 18
     cursor = 0
-    chain = chain_streams(stream.plan, lambda: cursor, 0, 54)
+    chain = chain_streams(RunStream((stream.plan,), (54,)), lambda: cursor, 0)
     assert list(chain) == ["train-0000", "train-0001", "train-0002"]
     builders: Any = list(chain.values())
     taken = consume([build() for build in builders], 3, copy_block)

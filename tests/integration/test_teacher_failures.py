@@ -14,7 +14,7 @@ import torch
 
 from pipeline.cli.main import main
 from pipeline.cluster.journal import QueueDrain
-from pipeline.cluster.stream import PoolPlan, build_stream, share
+from pipeline.cluster.stream import PoolPlan, RunStream, build_stream, share
 from pipeline.cluster.train import FitPlan, fit
 from pipeline.config.schema import teacher_classes
 from pipeline.contracts.columns import InputSpec
@@ -73,7 +73,7 @@ def test_teacher_whose_logits_are_nan_ends_training_without_a_retry(tmp_path: Pa
     params = TrainParams(epochs=2, batch_size=BATCH_SIZE, blocks_per_step=1)
     run = make_plan(stream.planner, params)
     spec = RunSpec(DATA, MLPParams(hidden=(4,)), KDParams(), params, EvaluationParams(), SEED, run)
-    plan = FitPlan(spec, tmp_path / "ray", run.num_blocks, 1, {"CPU": 1.0}, 1, 3, True)
+    plan = FitPlan(spec, tmp_path / "ray", 1, {"CPU": 1.0}, 1, 3, True)
     events: list[Event] = []
 
     class Recorder:
@@ -82,7 +82,7 @@ def test_teacher_whose_logits_are_nan_ends_training_without_a_retry(tmp_path: Pa
 
     drain = QueueDrain(Recorder())
     with pytest.raises(ModelError, match="the teacher's logits are not finite in 1 of 8 rows: check its weights"):
-        fit(plan, share(SOURCE), stream.plan, drain.emitter)
+        fit(plan, share(SOURCE), RunStream((stream.plan,), (run.num_blocks,)), drain.emitter)
     drain.close()
     assert len([event for event in events if event.kind == "plan"]) == 1
     record = json.loads((tmp_path / "ray" / "fatal.json").read_text())

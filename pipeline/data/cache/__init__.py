@@ -5,26 +5,33 @@ from pipeline.data.cache.build import CacheBuild, open_build
 from pipeline.data.cache.check import CacheEntry, list_caches, remove_cache, verify_files
 from pipeline.data.cache.deviation import find_deviations, tolerance
 from pipeline.data.cache.encoding import decode_logits
+from pipeline.data.cache.filling import FILL, FillWriter, rewrite_blocks
+from pipeline.data.cache.folder import open_folder
 from pipeline.data.cache.joined import LogitsDecoder
 from pipeline.data.cache.key import CacheKey
-from pipeline.data.cache.manifest import Manifest
+from pipeline.data.cache.manifest import MANIFEST, BuildRecord, Manifest, write_build
 from pipeline.data.cache.opened import Cache, open_cache, open_manifest
 from pipeline.data.cache.params import CacheParams, check_classes
 from pipeline.data.cache.parts import PartLayout, PartWriter
-from pipeline.data.cache.reading import LoadedLogits, LogitsReader, WindowedLogits, load_logits
+from pipeline.data.cache.reading import LoadedLogits, LogitsReader, LogitsToCome, WindowedLogits, load_logits
 from pipeline.data.cache.sizes import CachePlan, TopkError, estimate_bytes, measure_topk_error, plan_cache, row_bytes
 from pipeline.data.cache.topk import check_temperature
 
 __all__ = [
+    "FILL",
+    "MANIFEST",
+    "BuildRecord",
     "Cache",
     "CacheBuild",
     "CacheEntry",
     "CacheKey",
     "CacheParams",
     "CachePlan",
+    "FillWriter",
     "LoadedLogits",
     "LogitsDecoder",
     "LogitsReader",
+    "LogitsToCome",
     "Manifest",
     "PartAssembler",
     "PartBlocks",
@@ -42,10 +49,13 @@ __all__ = [
     "measure_topk_error",
     "open_build",
     "open_cache",
+    "open_folder",
     "open_manifest",
     "plan_cache",
     "remove_cache",
+    "rewrite_blocks",
     "row_bytes",
     "tolerance",
     "verify_files",
+    "write_build",
 ]

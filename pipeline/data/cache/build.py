@@ -215,7 +215,8 @@ def lock_folder(folder: CacheFolder) -> IO[str]:
         holder = file.read().strip() or "another process"
         file.close()
         raise CacheError(
-            f"the cache {folder.shown} is being built by {holder}; wait for it to end, then run this again."
+            f"the cache {folder.shown} is being built by {holder}; wait for it to end, then run this again.",
+            in_use=True,
         ) from None
     except OSError as error:  # some network file systems have no locks
         _log.warning("%s cannot be locked (%s): make sure that nobody else builds it", folder.shown, error.strerror)

@@ -16,6 +16,7 @@ from pipeline.errors import CacheError
 
 _DIGEST = re.compile("[0-9a-f]{16}")
 _PART = re.compile(r"view-\d{4,}/part-\d{6,}\.arrow")
+_FILLED = re.compile(r"fill-[^/]+/view-\d{4,}/block-\d{10,}\.arrow")
 
 CacheState = Literal["complete", "incomplete", "damaged", "foreign"]
 
@@ -101,7 +102,9 @@ def _name_foreign(folder: CacheFolder, manifest: Manifest, files: dict[str, int]
     known = {MANIFEST, LOCK, *(part.name for part in manifest.parts)}
     problems = []
     for name in sorted(files.keys() - known):
-        if name.endswith(TEMPORARY) or name == BUILD:
+        if _FILLED.fullmatch(name):
+            problems.append(f"{folder.show(name)} was left by a run that filled it; go on with that run, or delete it.")
+        elif name.endswith(TEMPORARY) or name == BUILD:
             problems.append(f"{folder.show(name)} was left by a build that was interrupted; delete it.")
         else:
             problems.append(f"{folder.show(name)} is no file of this cache; move it elsewhere, or delete it.")
@@ -131,7 +134,7 @@ def remove_cache(path: str, name: str) -> list[str]:
         folder.delete(MANIFEST)
         left = []
         for file in sorted(folder.list_files()):
-            if file in (BUILD, LOCK) or file.endswith(TEMPORARY) or _PART.fullmatch(file):
+            if file in (BUILD, LOCK) or file.endswith(TEMPORARY) or _PART.fullmatch(file) or _FILLED.fullmatch(file):
                 folder.delete(file)
             else:
                 left.append(file)

@@ -153,6 +153,17 @@ class PartWriter:
             raise CacheError(f"sample {row} in view {view}: {error.message}", sample_id=row) from error
         self.folder.write(name, format_part(self.key, name, due, ids, columns))
 
+    def write_encoded(self, view: int, index: int, sample_ids: np.ndarray, columns: Columns) -> None:
+        """As ``write``, of rows that are encoded already; those of the part that are not among them are absent.
+
+        Args:
+            sample_ids: (N,) int64, ascending.
+            columns: as of ``column_types``, N rows each.
+        """
+        name = part_name(view, index)
+        if not self.folder.exists(name):
+            self.folder.write(name, format_part(self.key, name, self.layout.ids(index), sample_ids, columns))
+
 
 def format_part(key: CacheKey, name: str, due: np.ndarray, sample_ids: np.ndarray, columns: Columns) -> pa.Buffer:
     """The bytes of a part's file: an Arrow IPC file of one record batch, not compressed.
@@ -199,6 +210,25 @@ def read_part(folder: CacheFolder, key: CacheKey, record: PartRecord, due: np.nd
     return part
 
 
+def read_segment(folder: CacheFolder, key: CacheKey, name: str) -> Part:
+    """Reads rows that ``format_part`` wrote under some name, checked by the hash that they carry themselves.
+
+    Raises:
+        CacheError: the file is missing, damaged, or of another cache or place.
+    """
+    return _read_checked(folder, key, name)[0]
+
+
+def _read_checked(folder: CacheFolder, key: CacheKey, name: str) -> tuple[Part, pa.Buffer, dict[bytes, bytes]]:
+    content, where = folder.read(name), folder.show(name)
+    part, metadata = _parse(content, where, key)
+    if metadata.get(_KEY) != key.digest.encode() or metadata.get(_PLACE) != name.encode():
+        raise CacheError(f"{where} is a part of another cache, or of another place in this one; {REBUILD}.")
+    if metadata.get(_CONTENT) != _hash_content(part.sample_ids, part.columns).encode():
+        raise CacheError(f"{where} is damaged: its content does not fit its checksum; {REBUILD}.")
+    return part, content, metadata
+
+
 def inspect_part(folder: CacheFolder, key: CacheKey, view: int, index: int, due: np.ndarray) -> PartRecord:
     """What the manifest has to say of a part that is there, checked by the hash it carries itself.
 
@@ -209,14 +239,9 @@ def inspect_part(folder: CacheFolder, key: CacheKey, view: int, index: int, due:
         CacheError: it is missing, damaged, of another cache, or of other rows.
     """
     name = part_name(view, index)
-    content, where = folder.read(name), folder.show(name)
-    part, metadata = _parse(content, where, key)
-    if metadata.get(_KEY) != key.digest.encode() or metadata.get(_PLACE) != name.encode():
-        raise CacheError(f"{where} is a part of another cache, or of another place in this one; {REBUILD}.")
-    if metadata.get(_CONTENT) != _hash_content(part.sample_ids, part.columns).encode():
-        raise CacheError(f"{where} is damaged: its content does not fit its checksum; {REBUILD}.")
+    part, content, metadata = _read_checked(folder, key, name)
     if metadata.get(_DUE) != hash_ids(due).encode():
-        raise CacheError(f"{where} was made of other rows than the {len(due)} that are due; {REBUILD}.")
+        raise CacheError(f"{folder.show(name)} was made of other rows than the {len(due)} that are due; {REBUILD}.")
     return PartRecord(
         view=view,
         index=index,

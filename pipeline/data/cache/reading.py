@@ -13,11 +13,12 @@ import pyarrow as pa
 
 from pipeline.data.cache.encoding import MISSING, Columns, as_table, column_array, column_types, to_arrow
 from pipeline.data.cache.folder import NUM_READERS, CacheFolder
+from pipeline.data.cache.key import CacheKey
 from pipeline.data.cache.manifest import Manifest, read_manifest
-from pipeline.data.cache.opened import Cache
+from pipeline.data.cache.opened import Cache, open_cache
 from pipeline.data.cache.parts import Part, PartRecord, due_ids, read_part
 from pipeline.data.rows import RowSet
-from pipeline.data.source import positions_of
+from pipeline.data.source import SplitReader, positions_of
 from pipeline.errors import CacheError
 
 
@@ -147,6 +148,35 @@ class WindowedLogits:
             part = read_part(self._folder, index.manifest.key, record, due_ids(index.layout, record))
             _KEPT.put(key, part, self._limit_bytes)
         return part
+
+
+class LogitsToCome:
+    """Reads a cache that is not there yet when the run begins: each process opens it when it first reads.
+
+    Args:
+        path: ``cache.path``.
+        key: of the cache.
+        reader: of the train split.
+        limit_bytes: as of ``WindowedLogits``.
+    """
+
+    def __init__(self, path: str, key: CacheKey, reader: SplitReader, limit_bytes: int) -> None:
+        self._path, self._key, self._reader, self._limit_bytes = path, key, reader, limit_bytes
+
+    @property
+    def num_views(self) -> int:
+        """Views that the cache will hold."""
+        return self._key.num_views
+
+    def read(self, view: int, sample_ids: np.ndarray) -> pa.Table:
+        place = (self._path, self._key.digest)
+        if place not in _OPENED:
+            _OPENED[place] = WindowedLogits(open_cache(self._path, self._key, self._reader), self._limit_bytes)
+        return _OPENED[place].read(view, sample_ids)
+
+
+_OPENED: dict[tuple[str, str], WindowedLogits] = {}
+"""By path and digest: tasks come with readers of their own, and a manifest takes its time to be read."""
 
 
 class _Index:
