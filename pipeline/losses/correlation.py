@@ -111,10 +111,10 @@ def softmax_correlations(
 
 
 class _SoftmaxCorrelations(torch.autograd.Function):
-    """Keeps ``a``, ``b``: probabilities less 1/C, so centred in each row, and not yet in each column.
+    """Keeps the probabilities ``p``, ``q`` themselves: kept less 1/C, those far below it would lose their digits.
 
-    The gradient for ``a`` is ``a * (row + column) + b * (row + column)`` less a number a column, with two numbers a
-    row and two a column; then that of the softmax follows.
+    The gradient for ``p`` is linear in both less their means, with two numbers a row and two a column; then that of
+    the softmax follows.
     """
 
     @staticmethod
@@ -130,61 +130,62 @@ class _SoftmaxCorrelations(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None]:
         ctx.temperature, ctx.rows, ctx.columns = temperature, rows, columns
         ctx.set_materialize_grads(False)
-        a, b = torch.empty_like(student), torch.empty_like(student)
+        p, q = torch.empty_like(student), torch.empty_like(student)
+        uniform = 1 / student.shape[1]
         row_sums = student.new_empty((3, len(student)))
         for part in row_chunks(student):
-            _centred_softmax(student[part], temperature, a[part])
-            _centred_softmax(teacher[part], temperature, b[part])
+            torch.softmax(student[part] / temperature, dim=1, out=p[part])
+            torch.softmax(teacher[part] / temperature, dim=1, out=q[part])
             if rows:
-                _products(a[part], b[part], 1, row_sums[:, part])
+                _products(p[part] - uniform, q[part] - uniform, 1, row_sums[:, part])
         rho_rows = rho_columns = None
         saved: list[Tensor] = []
         if rows:
             rho_rows, *factors = _correlate(row_sums, floor, additive)
             saved += factors
         if columns:
-            means = a.mean(dim=0), b.mean(dim=0)
+            means = p.mean(dim=0), q.mean(dim=0)
             column_sums = student.new_zeros((3, student.shape[1]))
             for part in row_chunks(student):
                 sums = torch.empty_like(column_sums)
-                _products(a[part] - means[0], b[part] - means[1], 0, sums, squared=True)
+                _products(p[part] - means[0], q[part] - means[1], 0, sums, squared=True)
                 column_sums += sums
             column_sums[1:].sqrt_()
             rho_columns, *factors = _correlate(column_sums, floor, additive)
             saved += [*means, *factors]
-        ctx.save_for_backward(a, b, *saved)
+        ctx.save_for_backward(p, q, *saved)
         return rho_rows, rho_columns
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor | None, grad_columns: Tensor | None) -> tuple[Tensor | None, ...]:
-        a, b, *saved = ctx.saved_tensors
-        along_a = along_b = offset = None
+        p, q, *saved = ctx.saved_tensors
+        along_a = along_b = None
+        by_column = False
         if ctx.rows:
             b_by_row, a_by_row = saved[:2]
             if grad_rows is not None:
                 along_b, along_a = (grad_rows * b_by_row)[:, None], (grad_rows * a_by_row)[:, None]
         if ctx.columns and grad_columns is not None:
-            mean_a, mean_b, b_by_column, a_by_column = saved[-4:]
+            mean_p, mean_q, b_by_column, a_by_column = saved[-4:]
             b_by_column, a_by_column = grad_columns * b_by_column, grad_columns * a_by_column
-            offset = mean_a * a_by_column + mean_b * b_by_column
-        gradient = torch.empty_like(a)
-        for part in row_chunks(a):
+            by_column = True
+        gradient, uniform = torch.empty_like(p), 1 / p.shape[1]
+        for part in row_chunks(p):
             out = gradient[part]
             if along_a is None or along_b is None:
                 out.zero_()
             else:
-                torch.mul(a[part], along_a[part], out=out).addcmul_(b[part], along_b[part])
-            if offset is not None:
-                out.addcmul_(a[part], a_by_column).addcmul_(b[part], b_by_column).sub_(offset)
-            probabilities = a[part] + 1 / a.shape[1]
-            expected = (out * probabilities).sum(dim=1, keepdim=True)
-            out.sub_(expected).mul_(probabilities.div_(ctx.temperature))
+                torch.mul(p[part] - uniform, along_a[part], out=out).addcmul_(q[part] - uniform, along_b[part])
+            if by_column:
+                out.addcmul_(p[part] - mean_p, a_by_column).addcmul_(q[part] - mean_q, b_by_column)
+            expected = (out * p[part]).sum(dim=1, keepdim=True)
+            out.sub_(expected).mul_(p[part] / ctx.temperature)
         return gradient, None, None, None, None, None, None
 
 
 class _SoftmaxCorrelationsOnCpu(torch.autograd.Function):
-    """The same in fewer passes, by compiled loops; keeps the probabilities themselves."""
+    """The same in fewer passes, by compiled loops."""
 
     @staticmethod
     def forward(
@@ -227,10 +228,6 @@ class _SoftmaxCorrelationsOnCpu(torch.autograd.Function):
         arrays = p.numpy(), q.numpy(), (along * grad).numpy(), means.numpy()
         gradient = cpu.softmax_slopes(*arrays, ctx.temperature, torch.get_num_threads())
         return torch.from_numpy(gradient), None, None, None, None, None, None
-
-
-def _centred_softmax(logits: Tensor, temperature: float, out: Tensor) -> None:
-    torch.softmax(logits / temperature, dim=1, out=out).sub_(1 / logits.shape[1])
 
 
 def _products(a: Tensor, b: Tensor, dim: int, out: Tensor, squared: bool = False) -> None:

@@ -96,7 +96,8 @@ class DISTParams(SoftenedLossParams):
     ce_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """0: no labels are needed."""
     published_floor: bool = False
-    """Divide as the published code does, which gives its numbers, but unbounded gradients of constant rows."""
+    """Divide as the published code does, which gives its numbers, but unbounded gradients of constant rows. The default
+    damps classes that are rare in the batch: at temperature 1 and with many classes, by much."""
 
     @property
     def couples_batch(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from pipeline.losses.correlation import (
     PUBLISHED_FLOOR,
     SMOOTH_FLOOR,
     _SoftmaxCorrelations,
+    _SoftmaxCorrelationsOnCpu,
     pearson,
     softmax_correlations,
 )
@@ -151,3 +153,18 @@ def test_what_is_no_number_stays_none() -> None:
     rho, gradient = value_and_gradient(lambda values: [soft_spearman(values, teacher)[0]], student)
     assert rho.isnan().tolist() == [False, False, True, False, False, False]
     assert gradient.isnan().any(dim=1).tolist() == rho.isnan().tolist()
+
+
+@pytest.mark.parametrize("function", [_SoftmaxCorrelations, _SoftmaxCorrelationsOnCpu])
+@pytest.mark.parametrize(("rows", "spread"), [(64, 8.0), (32, 20.0)])
+def test_confident_logits_keep_their_digits(function: Any, rows: int, spread: float) -> None:
+    """Most probabilities lie far below 1/C, and the columns' gradients are made of them."""
+    torch.manual_seed(0)
+    student, teacher = (torch.randn(rows, 1000, dtype=torch.float64) * spread for _ in range(2))
+    gradients = []
+    for dtype in (torch.float64, torch.float32):
+        logits = student.to(dtype).clone().requires_grad_()
+        _, rho = function.apply(logits, teacher.to(dtype), 1.0, 1e-8, True, False, True)
+        rho.mean().backward()
+        gradients.append(logits.grad.double())
+    assert (gradients[1] - gradients[0]).norm() < 1e-5 * gradients[0].norm()
