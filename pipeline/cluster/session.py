@@ -114,6 +114,7 @@ def _log_to(path: Path) -> Iterator[None]:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     # Importing them configures their loggers, so that comes before ours.
     import ray._private.worker as ray_worker
+    import ray.data  # noqa: F401
 
     def write_lines(data: dict[str, Any], ignore_prefix: bool = False) -> None:
         if data["pid"] == "autoscaler":  # a page of status every few seconds, also where nothing scales

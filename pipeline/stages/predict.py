@@ -241,8 +241,6 @@ def _open_logits(prediction: _Prediction) -> Iterator[_Blocks]:
     if prediction.config.cluster.name == "inprocess":
         yield _logits_here(prediction)
         return
-    # Before the session: it sends to its file what Ray Data logs, which importing that would undo.
-    import pipeline.cluster.stream  # noqa: F401
     from pipeline.cluster.preflight import admitted, check_demand, demand_rows
     from pipeline.cluster.session import ray_session
 
