@@ -243,6 +243,8 @@ def _verdict(groups: tuple[GroupGain, ...]) -> str:
     kept = [str(group.group) for group in groups if group.is_kept]
     if not kept:
         return f"Zero is kept: on rows that had no part in choosing none of {len(groups)} groups gains over zero."
+    if len(kept) == len(groups):
+        return f"Beats zero in all {len(groups)} groups, on rows that had no part in choosing the coefficients."
     return f"Beats zero in {len(kept)} of {len(groups)} groups ({', '.join(kept)}); the others keep zero."
 
 

@@ -93,13 +93,14 @@ def verify_cache(request: Request) -> int:
         name = key.digest
     elif rows is not None:
         raise ConfigError(
-            f"rows={rows}: rows are compared with the teacher, but name={name} has files checked only; leave out one of "
-            "them"
+            f"rows={rows}: rows are compared with the teacher, but name={name} has files checked only; leave out one "
+            "of them"
         )
     folder, manifest = open_manifest(path, name)
     print(f"checking {len(manifest.parts):,} parts of {folder.shown}", flush=True)
     if problems := verify_files(folder):
-        raise CacheError("\n  - ".join([f"{len(problems)} files of {folder.shown}:", *problems]), exit_code=1)
+        files = f"{len(problems)} file{'s' * (len(problems) > 1)}"
+        raise CacheError("\n  - ".join([f"{files} of {folder.shown}:", *problems]), exit_code=1)
     print(f"ok: {len(manifest.parts):,} parts, {manifest.num_rows:,} rows, {format_bytes(manifest.num_bytes)}")
     if cache is not None and source is not None:
         num_rows = _count_rows(rows, cache)

@@ -70,7 +70,9 @@ def _check(config: Config, source: DataSource) -> None:
 
 def _prepare(run: Run, source: DataSource, teacher: CheckedTeacher | None) -> _Work:
     assert teacher is not None  # the command asks for one
-    return _Work(run, source, teacher, open_training(source), cache_key(run.config, source, teacher))
+    work = _Work(run, source, teacher, open_training(source), cache_key(run.config, source, teacher))
+    open_build(run.config.cache.path or "", work.key, work.reader).close()  # what is wrong with it shows now
+    return work
 
 
 def _describe(work: _Work) -> dict[str, Any]:
@@ -118,9 +120,9 @@ def _announce(work: _Work, build: CacheBuild, num_missing: int, session: RunSess
 def _measure_teacher(work: _Work, teacher: _Teacher, session: RunSession) -> float | None:
     """Accuracy on validation; for a top-k cache also what it loses, on the same rows."""
     path = teacher.compute("validation", work.source.split("validation"))
-    if work.key.format == "topk":
-        logits = load_logits(path)
-        logits = logits[np.isfinite(logits).all(axis=1)]
+    logits = load_logits(path) if work.key.format == "topk" else np.empty((0, 1))
+    logits = logits[np.isfinite(logits).all(axis=1)]
+    if len(logits):
         table = render_topk_errors(measure_topk_error(logits, work.key), work.key)
         file = work.run.dir / "topk_errors.txt"
         write_text(file, table)

@@ -59,8 +59,8 @@ def cache_key(config: Config, source: DataSource, teacher: CheckedTeacher) -> Ca
 
 
 def cache_folder(config: Config, key: CacheKey) -> str:
-    """The folder of a cache, as the user would write it."""
-    return f"{(config.cache.path or '').rstrip('/')}/{key.digest}"
+    """The folder of a cache, for people: without the settings that an address may hold."""
+    return open_folder(config.cache.path or "").below(key.digest).shown
 
 
 def is_complete(config: Config, key: CacheKey) -> bool:
@@ -73,8 +73,9 @@ def open_cached(config: Config, key: CacheKey, reader: SplitReader) -> tuple[Log
 
     Raises:
         CacheError: there is none, it is not complete, damaged, or lacks rows.
-        ConfigError: a top-k cache does not know what the loss needs at its temperature.
+        ConfigError: the encoding does not fit the classes, or not what the loss needs.
     """
+    check_classes(key, key.num_classes)
     decoder = _make_decoder(config, key)
     cache = open_cache(config.cache.path or "", key, reader)
     if isinstance(reader, TableReader):

@@ -142,10 +142,13 @@ class RunSession:
         self._view.close()
 
 
+def has_rest(run: Run) -> bool:
+    """Whether the tracker lacks something of a finished run, because its server was away."""
+    return has_unsent(run.dir, run.config.tracking.uri or "")
+
+
 def send_rest(run: Run, dataset: Mapping[str, Any]) -> None:
-    """Sends what the tracker lacks of a finished run, because its server was away; says what came of it."""
-    if not has_unsent(run.dir, run.config.tracking.uri or ""):
-        return
+    """Sends what the tracker lacks of a finished run; says what came of it."""
     tracker = _open_tracker(run, dataset, required=False)
     if not _close(tracker):
         print(f"tracking: not everything was sent ({tracker.problem}); {run.resume_command} sends it")

@@ -15,7 +15,7 @@ from pipeline.data import DataSource
 from pipeline.errors import PipelineError, RunError
 from pipeline.report.tables import render_table
 from pipeline.stages.execution import preflight_rows
-from pipeline.stages.session import RunSession, run_interruptibly, send_rest
+from pipeline.stages.session import RunSession, has_rest, run_interruptibly, send_rest
 from pipeline.stages.work import CheckedTeacher, check_teacher
 
 WorkT = TypeVar("WorkT")
@@ -60,17 +60,21 @@ def tell(story: Story[WorkT], request: Request, defaults: Sequence[str] = ()) ->
     teacher = check_teacher(loaded.config, source) if asks_teacher(loaded.config, request.command) else None
     facts = {"data": source.fingerprint, "teacher": None if teacher is None else teacher.fingerprint}
     with open_run(request.command, loaded.config, provenance=lambda: facts, extends=loaded.extends) as run:
+
+        def describe(work: WorkT) -> Mapping[str, Any]:
+            return _describe_dataset(source, run) if story.dataset is None else story.dataset(work)
+
         if run.finished:
             print("; ".join(filter(None, (f"{run.dir} is finished", story.extend, "run.dir=... makes another run"))))
-            send_rest(run, _describe_dataset(source, run))
+            if has_rest(run):
+                send_rest(run, describe(story.prepare(run, source, teacher)))
             story.show(run)
             return 0
         if run.resumed:
             _check_unchanged(run, facts)
         try:
             work = story.prepare(run, source, teacher)
-            dataset = _describe_dataset(source, run) if story.dataset is None else story.dataset(work)
-            session = RunSession(run, dataset, with_teacher=uses_pool(run.config, run.command))
+            session = RunSession(run, describe(work), with_teacher=uses_pool(run.config, run.command))
         except BaseException:
             run.discard()
             raise

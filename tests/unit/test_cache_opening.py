@@ -70,7 +70,7 @@ def test_a_build_that_is_not_complete(tmp_path: Path) -> None:
     write_parts(tmp_path, make_key(), make_reader(), make_logits(), num_parts=7)
     refuse(
         tmp_path,
-        r"is not complete: it has 7 parts of 18 and no manifest\.json; run `python -m pipeline cache build` with the "
+        r"is not complete: it has 7 of 18 parts and no manifest\.json; run `python -m pipeline cache build` with the "
         "same configuration, which computes only what is missing",
     )
 

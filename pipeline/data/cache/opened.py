@@ -108,7 +108,7 @@ def _explain_absence(path: str, key: CacheKey, reader: SplitReader) -> CacheErro
         num_due = key.num_views * len(layout.indexes)
         num_parts = sum(name.endswith(".arrow") for name in folders[key.digest])
         return CacheError(
-            f"the cache {top.show(key.digest)} is not complete: it has {num_parts} parts of {num_due} and no "
+            f"the cache {top.show(key.digest)} is not complete: it has {num_parts} of {num_due} parts and no "
             f"{MANIFEST}; {MISSING_ADVICE}."
         )
     nearest = _find_nearest(top, list(folders), key)
