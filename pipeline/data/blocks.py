@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
@@ -71,8 +72,13 @@ def read_blocks(
     table = table.append_column(VIEW, pa.array(views)).append_column(BLOCK, pa.array(positions))
     if logits is None:
         return table
-    # Views repeat after those that the cache holds: planned alike, or the same where nothing is augmented.
-    stored = pa.concat_tables([logits.read(plan.view % logits.num_views, plan.sample_ids) for plan in plans])
+    # Views repeat after those that the cache holds: planned alike, or the same where nothing is augmented. Blocks of
+    # one view are read at once, because a read of few rows costs more by the row.
+    runs = [
+        (view, np.concatenate([plan.sample_ids for plan in run]))
+        for view, run in itertools.groupby(plans, lambda plan: plan.view % logits.num_views)
+    ]
+    stored = pa.concat_tables([logits.read(view, ids) for view, ids in runs])
     for name in stored.column_names:
         table = table.append_column(name, stored[name])
     return table

@@ -30,6 +30,7 @@ class S3Server:
         self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         self._server.start()
         _, self.port = self._server.get_host_and_port()
+        self._post("reset")  # what another server of this process has left: they share their memory
         self.access_key, self.secret_key = self._make_user()
         self._check_credentials("0")
         self.writer = pafs.S3FileSystem(
@@ -81,9 +82,12 @@ class S3Server:
         return key["AccessKeyId"], key["SecretAccessKey"]
 
     def _check_credentials(self, after_requests: str) -> None:
+        self._post("reset-auth", after_requests)
+
+    def _post(self, what: str, text: str = "") -> None:
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/moto-api/reset-auth",
-            data=after_requests.encode(),
+            f"http://127.0.0.1:{self.port}/moto-api/{what}",
+            data=text.encode(),
             headers={"Content-Type": "text/plain"},
         )
         urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10).close()

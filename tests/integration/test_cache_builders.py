@@ -144,5 +144,5 @@ def test_who_comes_while_another_builds_says_so(
         assert place.run("cache prune", "-", f"cache.path={caches}", f"name={key.digest}") == 2
         assert "is being built by process" in capsys.readouterr().err
         assert place.run("distill", "early", *VIEWS, EXACT, "teacher.source=cached", f"cache.path={caches}") == 2
-        assert "is not complete: it has 0 parts of 36 and no manifest.json" in capsys.readouterr().err
+        assert "is not complete: it has 0 of 36 parts and no manifest.json" in capsys.readouterr().err
     assert build(place, "late", caches) == 0

@@ -12,7 +12,6 @@ import pytest
 import torch
 import yaml
 from matplotlib.image import imread
-from mlflow import MlflowClient
 
 from pipeline.cli.main import main
 from pipeline.contracts.columns import NO_LABEL
@@ -26,6 +25,7 @@ from pipeline.losses.combined import CombinedParams
 from pipeline.losses.objective import Objective, Signals
 from pipeline.losses.ptloss import PTLossParams
 from pipeline.stages.selection import read_selection, select
+from pipeline.tracking.quiet import import_mlflow
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_the_command_leaves_what_it_chose(runs: Path, capsys: pytest.CaptureFixt
     assert result["metrics"]["selection/gain"] == selection.scores[-1].gain.mean
     assert printed.rstrip().endswith(str(runs / "selected" / "result.json"))
 
-    client = MlflowClient(f"sqlite:///{runs / 'mlflow.db'}")
+    client = import_mlflow().MlflowClient(f"sqlite:///{runs / 'mlflow.db'}")
     tracked = client.get_run(result["mlflow_run_id"])
     assert tracked.data.metrics["selection/gain"] == pytest.approx(selection.scores[-1].gain.mean)
     assert tracked.data.tags["summary"] == selection.verdict
