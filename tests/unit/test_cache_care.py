@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mlflow import MlflowClient
 
 from pipeline.data.cache import LoadedLogits, open_build
 from pipeline.data.cache.key import CacheKey
 from pipeline.data.parquet import ParquetParams
+from pipeline.tracking.quiet import import_mlflow
 from tests.unit.cached_runs import (
     BATCH_SIZE,
     CACHED,
@@ -70,7 +70,7 @@ def test_rows_are_counted_by_the_teacher(built: Workplace) -> None:
 
 def test_mlflow_has_the_cache_as_data_set(built: Workplace) -> None:
     result, manifest = built.result("build"), built.manifest("build")
-    client = MlflowClient(f"sqlite:///{built.folder / 'mlflow.db'}")
+    client = import_mlflow().MlflowClient(f"sqlite:///{built.folder / 'mlflow.db'}")
     tracked = client.get_run(result["mlflow_run_id"])
     assert tracked.info.status == "FINISHED"
     (dataset,) = tracked.inputs.dataset_inputs

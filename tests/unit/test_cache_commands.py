@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mlflow import MlflowClient
 
+from pipeline.tracking.quiet import import_mlflow
 from tests.unit.cached_runs import (
     CACHED,
     EXACT,
@@ -301,7 +301,7 @@ def test_what_topk_loses_is_measured_and_printed(
     assert "what is lost by keeping 3 of 10 classes, on validation rows" in printed
     table = (place.folder / "runs" / "measured" / "topk_errors.txt").read_text()
     assert table.strip().splitlines()[-1].split()[0] == "20"
-    tracked = MlflowClient(f"sqlite:///{place.folder / 'mlflow.db'}")
+    tracked = import_mlflow().MlflowClient(f"sqlite:///{place.folder / 'mlflow.db'}")
     files = {file.path for file in tracked.list_artifacts(place.result("measured")["mlflow_run_id"], "cache")}
     assert files == {"cache/cache.json", "cache/topk_errors.txt"}
 
