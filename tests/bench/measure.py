@@ -23,6 +23,10 @@ SECTIONS = (
     "start",
     "memory",
     "cifar100",
+    "cache-epochs",
+    "cache-total",
+    "cache-reading",
+    "cache-cifar100",
     "losses",
     "losses-gpu",
     "cifar10h",
@@ -160,6 +164,30 @@ class CpuClock:
         share = min(max((moment - self._times[left]) / span, 0.0), 1.0) if span > 0 else 1.0
         before, after = self._sums[left], self._sums[right]
         return {role: before.get(role, 0.0) + share * (after[role] - before.get(role, 0.0)) for role in after}
+
+
+def time_command(arguments: Sequence[str], output: Path, text: str = "") -> tuple[float, float]:
+    """Carries out a command to its end.
+
+    Args:
+        arguments: after ``python -m``.
+        output: file that what it prints is added to.
+        text: its standard input.
+
+    Returns:
+        Wall seconds, and CPU seconds of all its processes.
+    """
+    # What a process does between the last look and its end is lost, so there are more looks than for long runs.
+    with CpuClock(interval_s=0.2) as clock, output.open("a") as file:
+        began = time.time()
+        code = subprocess.run(
+            [sys.executable, "-m", *arguments], input=text, text=True, stdout=file, stderr=file, check=False
+        ).returncode
+        ended = time.time()
+    if code:  # the file may be a temporary one
+        last = "\n".join(output.read_text().splitlines()[-10:])
+        raise SystemExit(f"python -m {' '.join(arguments)} ended with {code}:\n{last}")
+    return ended - began, sum(clock.used(began, ended).values())
 
 
 def memory_of(pid: int) -> int | None:
