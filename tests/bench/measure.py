@@ -31,6 +31,7 @@ SECTIONS = (
     "losses-gpu",
     "cifar10h",
     "gaussian_scores",
+    "selection",
 )
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
