@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import logging
 import os
 import platform
 import re
@@ -31,12 +29,11 @@ from pipeline.config.stored import (
     write_text,
 )
 from pipeline.config.validate import build_config
+from pipeline.contracts.locks import LOCK, LockedError, hold_lock
 from pipeline.errors import RunError
 
-_log = logging.getLogger(__name__)
-
 # A folder with nothing else in it was left by a start that died before run.json was there.
-_BEFORE_RUN_JSON = frozenset({".lock", "config.yaml", "status.json", "provenance.json"})
+_BEFORE_RUN_JSON = frozenset({LOCK, "config.yaml", "status.json", "provenance.json"})
 
 
 class Run:
@@ -192,7 +189,7 @@ def open_run(
         return Run(folder, stored.name, command, resolved, lock, resumed=not finished, finished=finished)
     except BaseException:
         if not (folder / "run.json").exists():  # made or locked a moment ago, and no run yet
-            (folder / ".lock").unlink(missing_ok=True)
+            (folder / LOCK).unlink(missing_ok=True)
             if named is None:
                 shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # it is gone, or something else is in it
@@ -247,28 +244,16 @@ def _make_folder(named: Path | None, runs_root: Path, name: str) -> Path:
 
 
 def _lock(folder: Path) -> IO[str]:
-    """Holds ``.lock`` until it is closed or the process ends, however it ends."""
     try:
-        file = (folder / ".lock").open("a+", encoding="utf-8")
+        return hold_lock(folder)
+    except LockedError as error:
+        raise RunError(
+            f"run.dir={folder}: in use by {error.holder}; wait for it to end, stop it, or give another run.dir"
+        ) from None
     except OSError as error:
         raise RunError(
             f"run.dir={folder}: cannot be written ({error.strerror}); give a folder that is writable"
         ) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise RunError(
-            f"run.dir={folder}: in use by {holder}; wait for it to end, stop it, or give another run.dir"
-        ) from None
-    except OSError as error:  # some network file systems have no locks
-        _log.warning("%s cannot be locked (%s): make sure that no other process uses this run", folder, error.strerror)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
-    return file
 
 
 def _read_stored(folder: Path) -> StoredRun | None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
-import platform
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, Self
 
+from pipeline.contracts.locks import LockedError, hold_lock
 from pipeline.data.cache.folder import NUM_READERS, TEMPORARY, CacheFolder, open_folder
 from pipeline.data.cache.key import CacheKey
 from pipeline.data.cache.manifest import (
@@ -31,8 +29,6 @@ from pipeline.data.source import SplitReader
 from pipeline.errors import CacheError
 
 _log = logging.getLogger(__name__)
-
-LOCK = ".lock"
 
 
 class CacheBuild:
@@ -203,24 +199,13 @@ def lock_folder(folder: CacheFolder) -> IO[str]:
     """
     try:
         Path(folder.root).mkdir(parents=True, exist_ok=True)
-        file = (Path(folder.root) / LOCK).open("a+", encoding="utf-8")
+        return hold_lock(Path(folder.root))
+    except LockedError as error:
+        raise CacheError(
+            f"the cache {folder.shown} is being built by {error.holder}; wait for it to end, then run this again.",
+            in_use=True,
+        ) from None
     except OSError as error:
         raise CacheError(
             f"cache.path: {folder.shown} cannot be written ({error.strerror}); set one that is writable."
         ) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise CacheError(
-            f"the cache {folder.shown} is being built by {holder}; wait for it to end, then run this again.",
-            in_use=True,
-        ) from None
-    except OSError as error:  # some network file systems have no locks
-        _log.warning("%s cannot be locked (%s): make sure that nobody else builds it", folder.shown, error.strerror)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
-    return file

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.data.cache.build import LOCK, lock_folder
+from pipeline.contracts.locks import LOCK
+from pipeline.data.cache.build import lock_folder
 from pipeline.data.cache.folder import NUM_READERS, TEMPORARY, CacheFolder, open_folder
 from pipeline.data.cache.key import CacheKey
 from pipeline.data.cache.manifest import BUILD, MANIFEST, Manifest, read_build, read_manifest
