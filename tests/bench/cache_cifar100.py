@@ -37,7 +37,7 @@ class _Cache:
     Attributes:
         times: wall and CPU seconds by command.
         rows_per_s: of the build, once its first rows had come.
-        printed: by the last ``cache verify`` with the teacher, but for how far it was.
+        printed: by the last ``cache verify`` with the teacher, but for how far it was, and where.
     """
 
     times: dict[str, tuple[Series, Series]] = field(default_factory=dict)
@@ -97,7 +97,8 @@ def _build_and_verify(folder: Path, name: str, shared: list[str], cluster: Seque
     printed = folder / f"{name}-verify.txt"
     compared = ["pipeline", "cache", "verify", *shared, f"rows={ROWS_COMPARED}", "cluster=inprocess"]
     cache.add("verify, teacher", time_command(compared, printed))
-    cache.printed = "\n".join(line for line in printed.read_text().splitlines() if "rows/s" not in line)
+    lines = printed.read_text().splitlines()
+    cache.printed = "\n".join(line for line in lines if "rows/s" not in line and not line.startswith("checking"))
 
 
 def _report(caches: dict[tuple[str, int, str], _Cache]) -> str:
