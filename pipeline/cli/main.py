@@ -40,7 +40,8 @@ class Command:
 
 
 _GROUPS = """\
-Groups (--conf DIR adds your own choices): data, teacher, student, loss, train, cluster, cache, tracking, experiment.
+Groups (--conf DIR adds your own choices): data, teacher, student, loss, train, search, cluster, cache, tracking,
+experiment. A group also takes a file: group=FILE.yaml.
 Every key of the configuration can be set by its path; a wrong one is answered with the nearest known.
 """
 
@@ -123,6 +124,35 @@ usual keys: teacher=..., teacher.checkpoint, data=..., selection.scope=shared|gr
 examples:
   python -m pipeline select-perturbation teacher=resnet20 teacher.checkpoint=runs/teacher run.dir=runs/selection
   python -m pipeline distill teacher.checkpoint=runs/teacher loss=ptloss loss.perturbation_from=runs/selection
+""",
+    ),
+    Command(
+        "search",
+        "search hyper-parameters over one cache of the teacher's logits, and confirm the best over fresh seeds",
+        "pipeline.stages.search:search",
+        """\
+usual keys: search=temperature|ptloss|cmkd|losses or search=FILE.yaml, search.num_trials, search.time_budget_s,
+  search.max_concurrent, search.metric=val/top1, search.searcher=optuna|random|grid, search.scheduler=asha|median|none,
+  search.confirm.top, search.confirm.seeds; all that distill takes, for what every trial has; cache.path, run.dir
+what a trial holds: cluster.num_cpus_per_worker, cluster.num_gpus_per_worker (a fraction: several share a GPU)
+the cache is built first where there is none; the winner is shown on test once
+
+examples:
+  python -m pipeline search search=temperature teacher.checkpoint=runs/teacher loss=kd search.num_trials=32
+  python -m pipeline search search=cmkd loss=cmkd teacher.checkpoint=runs/teacher cluster.num_gpus_per_worker=0.25
+  python -m pipeline search resume=runs/search search.num_trials=+16
+""",
+    ),
+    Command(
+        "search show",
+        "show the trials of a search, running or finished, and its winner",
+        "pipeline.stages.search_show:show",
+        """\
+usual keys: run=RUN (a run folder, or its name under runs/), out=FILE.csv (every trial with all its values)
+
+examples:
+  python -m pipeline search show run=runs/search
+  python -m pipeline search show run=runs/search out=trials.csv
 """,
     ),
     Command(
@@ -253,7 +283,9 @@ def _choose(arguments: Sequence[str]) -> tuple[Command, Sequence[str]]:
     name = parser.parse_args(arguments[:1]).command
     commands = {command.name: command for command in COMMANDS}
     num_words = 1
-    if any(known.startswith(f"{name} ") for known in commands):
+    if len(arguments) > 1 and f"{name} {arguments[1]}" in commands:
+        name, num_words = f"{name} {arguments[1]}", 2
+    elif name not in commands and any(known.startswith(f"{name} ") for known in commands):
         num_words = 2
         if len(arguments) < 2 or arguments[1] in ("-h", "--help"):
             own = [

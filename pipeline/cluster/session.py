@@ -68,6 +68,13 @@ def ray_session(address: str | None, demands: list[Demand], log_file: Path) -> I
         yield True
 
 
+def is_joined() -> bool:
+    """Whether this process is connected to a Ray."""
+    import ray
+
+    return bool(ray.is_initialized())
+
+
 @contextmanager
 def own_ray(num_cpus: int, log_file: Path, resources: dict[str, float] | None = None) -> Iterator[None]:
     """A Ray on this machine, without a dashboard, for the time of the block.

@@ -38,11 +38,13 @@ class ParsedOverride:
         key: a group (``"student"``) or a dotted path (``"train.epochs"``).
         is_group: whether it chooses a file of a group.
         text: the override in Hydra's syntax.
+        file: what a group is given as ``group=FILE.yaml``, instead of the name of a choice.
     """
 
     key: str
     is_group: bool
     text: str
+    file: Path | None = None
 
 
 def shipped_conf() -> Path:
@@ -56,8 +58,8 @@ def compose(overrides: Sequence[str], conf_dirs: Sequence[Path] = (), defaults: 
     """The values that ``config.yaml``, the chosen groups and the overrides add up to.
 
     Args:
-        overrides: ``group=choice`` and ``path.to.key=value``; keys need not be in any file. ``key=+N``
-            comes out as the string ``"+N"``.
+        overrides: ``group=choice``, ``group=FILE.yaml`` and ``path.to.key=value``; keys need not be in any file.
+            ``key=+N`` comes out as the string ``"+N"``.
         conf_dirs: folders of groups that go before the shipped ones.
         defaults: overrides that a command starts from; they give way to the user's.
 
@@ -74,6 +76,10 @@ def compose(overrides: Sequence[str], conf_dirs: Sequence[Path] = (), defaults: 
         # Hydra looks for config.yaml in one folder only, and there before all others for everything else.
         with tempfile.TemporaryDirectory() as main:
             shutil.copy(next(filter(Path.is_file, (folder / "config.yaml" for folder in folders))), main)
+            for override in merged:
+                if override.file is not None:
+                    (Path(main) / override.key).mkdir(exist_ok=True)
+                    shutil.copy(override.file, Path(main) / override.key)
             with initialize_config_dir(main, job_name="distill", version_base=None):
                 config = hydra_compose("config", overrides=texts)
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -130,6 +136,11 @@ def _parse(text: str, groups: set[str]) -> ParsedOverride:
     is_group = key in groups and not isinstance(override.value(), dict)
     if is_group and not override.is_delete() and not isinstance(override.value(), str | QuotedString):
         raise ConfigError(f"{text}: expected the name of a choice of group {key}, got {text.partition('=')[2]}")
+    if is_group and str(override.value()).endswith((".yaml", ".yml")):
+        file = Path(str(override.value())).expanduser()
+        if not file.is_file():
+            raise ConfigError(f"{text}: there is no such file; give a file of group {key}, or the name of a choice")
+        return ParsedOverride(key, True, f"{key}={_quote(file.stem)}", file)
     source = override.input_line or text
     plain = not text.startswith(("+", "~"))
     return ParsedOverride(key, is_group, f"++{source}" if plain and not is_group else source)

@@ -12,12 +12,11 @@ from typing import Any
 from pipeline.config.compose import ParsedOverride, compose, parse_overrides
 from pipeline.config.request import Request
 from pipeline.config.schema import Config, drop_path, get_path, set_path
-from pipeline.config.stored import StoredRun, find_run, read_run
+from pipeline.config.stored import EXTENDABLE, StoredRun, find_run, read_run
 from pipeline.config.validate import build_config
 from pipeline.errors import ConfigError, RunError
+from pipeline.search import Branch, Space
 
-# Totals that a later command may raise with key=+N; all else of a run stays as it began.
-_EXTENDABLE = ("train.epochs",)
 _ABSENT = object()
 
 
@@ -27,7 +26,7 @@ class LoadedConfig:
 
     Attributes:
         config: validated; ``run.dir`` is set if the request goes on with a run.
-        extends: whether the request raises the total of a stored run (``train.epochs=+N``).
+        extends: whether the request raises a total of a stored run (``train.epochs=+N``).
     """
 
     config: Config
@@ -63,6 +62,8 @@ def load_config(request: Request, defaults: Sequence[str] = (), runs_root: Path 
         raw = _overlay(stored.raw, composed, parse_overrides(overrides, request.conf_dirs))
         set_path(raw, "run.dir", str(stored.dir))
     extends = _extend(raw, stored)
+    if request.command == "search":
+        _fill_options(raw, request.conf_dirs)
     return LoadedConfig(build_config(raw, request.command), extends)
 
 
@@ -100,6 +101,21 @@ def take_run(
     return (given[0] if given else None), [text for text in overrides if not text.startswith(f"{key}=")]
 
 
+def _fill_options(raw: dict[str, Any], conf_dirs: Sequence[Path]) -> None:
+    """Puts into ``search.options`` what the choices of a group begin with, so that the run keeps it."""
+    if not isinstance(get_path(raw, "search.space"), dict):
+        return
+    try:
+        axes = Space.parse(get_path(raw, "search.space")).axes
+    except ValueError:  # reported with everything else that is wrong
+        return
+    for axis in axes:
+        for option in axis.options if isinstance(axis, Branch) else ():
+            path = f"search.options.{axis.path}.{option}"
+            if "." not in axis.path and get_path(raw, path) is None:
+                set_path(raw, path, compose([f"{axis.path}={option}"], conf_dirs)[axis.path])
+
+
 def _overlay(stored: dict[str, Any], composed: dict[str, Any], overrides: Sequence[ParsedOverride]) -> dict[str, Any]:
     """The stored configuration with only what the user names now taken from the composed one."""
     raw = copy.deepcopy(stored)
@@ -122,7 +138,7 @@ def _overlay(stored: dict[str, Any], composed: dict[str, Any], overrides: Sequen
 def _extend(raw: dict[str, Any], stored: StoredRun | None) -> bool:
     """Turns ``+N`` into the stored total plus N."""
     extends = False
-    for path in _EXTENDABLE:
+    for path in EXTENDABLE:
         value = get_path(raw, path)
         if not (isinstance(value, str) and re.fullmatch(r"\+\d+", value)):
             continue
@@ -130,6 +146,9 @@ def _extend(raw: dict[str, Any], stored: StoredRun | None) -> bool:
             raise ConfigError(
                 f"{path}={value}: adds to a run that exists; name it with resume=RUN, or give a total ({path}=N)"
             )
-        set_path(raw, path, get_path(stored.raw, path) + int(value))
+        total = get_path(stored.raw, path)
+        if not isinstance(total, int):
+            raise ConfigError(f"{path}={value}: {stored.dir} has no {path} to add to; leave it out")
+        set_path(raw, path, total + int(value))
         extends = True
     return extends

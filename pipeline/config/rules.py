@@ -11,7 +11,9 @@ from pipeline.config.schema import Config
 # Commands that ask the teacher, whatever the loss is, and train nothing.
 TEACHER_ONLY = frozenset({"select-perturbation", "cache build"})
 # Commands whose teacher is the one in the configuration, and not that of a run.
-_TAKES_TEACHER = TEACHER_ONLY | {"distill", "validate"}
+_TAKES_TEACHER = TEACHER_ONLY | {"distill", "search", "validate"}
+# Sections that a search may vary.
+_SEARCHED = ("loss", "student", "train")
 # Rows of a block below which their correlation within a class is mostly chance.
 _MIN_GROUP_ROWS = 8
 
@@ -37,6 +39,8 @@ def check_rules(config: Config, command: str | None) -> list[Problem]:
     if command is None:
         return []
     rules = _RULES if command in TEACHER_ONLY or command.startswith("cache ") else _RULES + _TRAINING_RULES
+    if command == "search":
+        rules += _SEARCH_RULES
     return [problem for rule in rules for problem in rule(config, command)]
 
 
@@ -127,15 +131,18 @@ def _one_worker(config: Config, command: str) -> Iterator[Problem]:
 
 
 def _selection_metric(config: Config, command: str) -> Iterator[Problem]:
+    yield from _check_metric(config, command, "train.select_by", config.train.select_by)
+
+
+def _check_metric(config: Config, command: str, path: str, given: str) -> Iterator[Problem]:
     from pipeline.evaluation.metrics import METRIC_DIRECTIONS, TEACHER_METRICS
 
     has_teacher = asks_teacher(config, command)
     known = [f"val/{name}" for name in METRIC_DIRECTIONS if has_teacher or name not in TEACHER_METRICS]
-    given = config.train.select_by
     if given not in known:
         near = difflib.get_close_matches(given, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        yield Problem("train.select_by", f"expected one of {', '.join(known)}, got {given!r}{hint}")
+        yield Problem(path, f"expected one of {', '.join(known)}, got {given!r}{hint}")
 
 
 def _warmup_fits(config: Config, command: str) -> Iterator[Problem]:
@@ -201,6 +208,70 @@ def _no_password(config: Config, command: str) -> Iterator[Problem]:
             yield Problem(path, f"expected an address such as {example}")
 
 
+def _search_is_described(config: Config, command: str) -> Iterator[Problem]:
+    if config.search is None:
+        yield Problem(
+            "search",
+            "not set; choose what is varied, with search=temperature, ptloss, cmkd or losses, or search=FILE.yaml",
+        )
+    if config.cluster.name != "ray":
+        yield Problem("cluster.name", f"trials run on Ray, but cluster={config.cluster.name}; use cluster=ray")
+    if config.cluster.num_workers != 1:
+        yield Problem(
+            "cluster.num_workers",
+            f"a trial trains in one process, so expected 1, got {config.cluster.num_workers}; give it more with "
+            "cluster.num_cpus_per_worker and cluster.num_gpus_per_worker",
+        )
+    if asks_teacher(config, command) and config.teacher.source != "cached":
+        yield Problem(
+            "teacher.source",
+            f"a trial never asks the teacher, so expected cached, got {config.teacher.source}; leave it out, and the "
+            "cache is built where there is none",
+        )
+
+
+def _search_can_be_judged(config: Config, command: str) -> Iterator[Problem]:
+    from pipeline.evaluation.metrics import METRIC_DIRECTIONS
+
+    if config.search is None:
+        return
+    metric, mode = config.search.metric, config.search.mode
+    unknown = list(_check_metric(config, command, "search.metric", metric))
+    yield from unknown
+    better = METRIC_DIRECTIONS.get(metric.removeprefix("val/"))
+    if not unknown and mode is not None and mode != better:
+        yield Problem("search.mode", f"expected {better}, which is better for {metric}, got {mode}; leave it out")
+
+
+def _search_space_fits(config: Config, command: str) -> Iterator[Problem]:
+    from pipeline.search import Space, flatten_start
+
+    search = config.search
+    if search is None:
+        return
+    space = Space.parse(search.space)
+    for axis in space.axes:
+        section = axis.path.split(".")[0]
+        if section not in _SEARCHED:
+            yield Problem(
+                f"search.space.{axis.path}",
+                f"expected a key of {', '.join(_SEARCHED)}; {section} is the same for all trials of a search, "
+                "which read one cache and are compared on the same rows",
+            )
+    for index, point in enumerate(search.start):
+        try:
+            space.project(flatten_start(point))
+        except ValueError as error:
+            yield Problem(f"search.start.{index}", str(error))
+    size = len(space.grid()) if search.searcher == "grid" else 0
+    if size > search.num_trials:
+        yield Problem(
+            "search.num_trials",
+            f"expected at least {size}, the points of the grid, got {search.num_trials}; raise it, lower the axes' "
+            "points, or use search.searcher=optuna",
+        )
+
+
 _Rules = tuple[Callable[[Config, str], Iterator[Problem]], ...]
 
 _RULES: _Rules = (_teacher_is_given, _cache_is_described, _no_password)
@@ -214,3 +285,4 @@ _TRAINING_RULES: _Rules = (
     _group_is_large_enough,
     _labels_may_be_mixed,
 )
+_SEARCH_RULES: _Rules = (_search_is_described, _search_can_be_judged, _search_space_fits)

@@ -19,6 +19,7 @@ from pipeline.config.provenance import collect_provenance
 from pipeline.config.results import read_run_id, write_json, write_result
 from pipeline.config.schema import Config
 from pipeline.config.stored import (
+    EXTENDABLE,
     FORMAT_VERSION,
     RunStatus,
     StoredRun,
@@ -160,7 +161,7 @@ def open_run(
         config: validated; paths may be relative to the working folder.
         runs_root: where a new folder is made if ``run.dir`` is not set.
         provenance: facts recorded with a new run (fingerprints of data and teacher); not called for an old one.
-        extends: whether ``config`` may differ from the stored one in ``train.epochs``; see ``load_config``.
+        extends: whether ``config`` may differ from the stored one in a total; see ``load_config``.
 
     Raises:
         RunError: another configuration or command made the folder, another process uses it, it cannot be
@@ -204,6 +205,9 @@ def default_run_name(config: Config, command: str = "distill") -> str:
         return f"{config.data.name}/{_network(config.teacher)}/perturbation-{config.selection.scope}/s{config.run.seed}"
     if command == "cache build":
         return f"{config.data.name}/{_network(config.teacher)}/cache-{config.cache.format}/s{config.view_seed}"
+    if command == "search":
+        taught = f"{_network(config.student)}<-{_network(config.teacher)}"
+        return f"{config.data.name}/{taught}/search/s{config.run.seed}"
     if command == "train-teacher":
         network = f"teacher-{_network(config.teacher)}"
     elif config.loss.needs_teacher:
@@ -298,15 +302,19 @@ def _compare(stored: StoredRun, command: str, config: Config, extends: bool) -> 
         raise RunError(f"run.dir={stored.dir}: holds a run of {stored.command}, not {command}; give another run.dir")
     before = build_config(stored.raw, stored.command)
     differences = list_differences(before, config)
-    if extends and len(differences) == 1 and differences[0].startswith("train.epochs:"):
+    if extends and differences and all(line.partition(":")[0] in EXTENDABLE for line in differences):
         return True
     if differences:
         raise RunError(
             f"run.dir={stored.dir}: holds a run of another configuration ({'; '.join(differences)}); "
-            "give another run.dir, or the values it began with (only train.epochs=+N may extend it)",
+            f"give another run.dir, or the values it began with (only {_extension(command)} may extend it)",
             differences=differences,
         )
     return False
+
+
+def _extension(command: str) -> str:
+    return "search.num_trials=+N" if command == "search" else "train.epochs=+N"
 
 
 def _write_new(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pipeline.evaluation import EvaluationParams, SelectionParams
     from pipeline.losses import LossParams
     from pipeline.models import ModelParams, TeacherParams
+    from pipeline.search import SearchParams
     from pipeline.training import TrainParams
 
     class TeacherModelParams(ModelParams, TeacherParams):
@@ -84,6 +85,7 @@ class Config(Params):
         evaluation: EvaluationParams
         selection: SelectionParams
         cache: CacheParams
+        search: SearchParams | None
         cluster: ClusterParams
         tracking: TrackingParams
 
@@ -134,6 +136,7 @@ def config_class() -> type[Config]:
     from pipeline.evaluation import EvaluationParams, SelectionParams
     from pipeline.losses import LOSSES
     from pipeline.models import MODELS
+    from pipeline.search import SearchParams
     from pipeline.training import TrainParams
 
     fields: dict[str, Any] = {
@@ -146,6 +149,7 @@ def config_class() -> type[Config]:
         "evaluation": (EvaluationParams, EvaluationParams()),
         "selection": (SelectionParams, SelectionParams()),
         "cache": (CacheParams, CacheParams()),
+        "search": (SearchParams | None, None),
         "cluster": (ClusterParams, ClusterParams()),
         "tracking": (TrackingParams, TrackingParams()),
     }
@@ -185,21 +189,32 @@ def get_path(raw: Mapping[str, Any], path: str, default: Any = None) -> Any:
     """The value at ``"train.optimizer.lr"``, or ``default`` where any part of the path is absent."""
     node: Any = raw
     for key in path.split("."):
-        node = node.get(key, _ABSENT) if isinstance(node, Mapping) else _ABSENT
+        if isinstance(node, list | tuple):
+            node = node[int(key)] if key.isdigit() and int(key) < len(node) else _ABSENT
+        else:
+            node = node.get(key, _ABSENT) if isinstance(node, Mapping) else _ABSENT
         if node is _ABSENT:
             return default
     return node
 
 
 def set_path(raw: dict[str, Any], path: str, value: Any) -> None:
-    """Puts a copy of ``value`` at ``path``, making the mappings on the way."""
-    *parents, last = path.split(".")
-    for key in parents:
-        child = raw.get(key)
-        raw = raw.setdefault(key, {}) if isinstance(child, dict) or child is None else raw[key]
-        if not isinstance(raw, dict):
+    """Puts a copy of ``value`` at ``path``, making the mappings on the way; a number names an entry of a list."""
+    parent, _, last = path.rpartition(".")
+    node: Any = raw
+    for key in parent.split(".") if parent else ():
+        child = node[int(key)] if isinstance(node, list) else node.get(key)
+        if child is None:
+            child = node[key] = {}
+        if not isinstance(child, dict | list):
             raise TypeError(f"{path}: {key} is not a mapping")
-    raw[last] = copy.deepcopy(value)
+        node = child
+    if isinstance(node, list):
+        if not last.isdigit() or int(last) >= len(node):
+            raise TypeError(f"{path}: expected the number of one of {len(node)} entries, from 0")
+        node[int(last)] = copy.deepcopy(value)
+    else:
+        node[last] = copy.deepcopy(value)
 
 
 def drop_path(raw: dict[str, Any], path: str) -> None:

@@ -21,7 +21,19 @@ RunStatus = Literal["new", "running", "finished", "failed", "killed"]
 FORMAT_VERSION = 1
 
 # Where a run happens and what it is called; the rest is what it computes.
-_NOT_IDENTITY = ("run.dir", "run.name", "cluster", "tracking", "teacher.pool", "cache.path")
+_NOT_IDENTITY = (
+    "run.dir",
+    "run.name",
+    "cluster",
+    "tracking",
+    "teacher.pool",
+    "cache.path",
+    "search.max_concurrent",
+    "search.time_budget_s",
+)
+
+# Totals that a later command may raise with key=+N; all else of a run stays as it began.
+EXTENDABLE = ("train.epochs", "search.num_trials")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 EventKind = Literal[
-    "status",  # status: running | finished | failed | killed; message
+    "status",  # status: running | finished | failed | killed; message; outcome (of a trial: pruned)
     "stage",  # name; state: started | finished; detail (what is waited for, or what came out)
     "plan",  # num_epochs, num_steps, steps_per_epoch, rows_per_step, world_size, start_step
     "step",  # step, epoch, samples, metrics (train/...); samples_per_s, data_wait (share of wall time, 0..1)
@@ -25,6 +25,7 @@ EventKind = Literal[
     "checkpoint",  # step, best
     "rows",  # done, total, rows_per_s: of a command that goes once over rows
     "figures",  # message (a sentence), metrics: what a stage came to, such as selection/... or cache/...
+    "trial",  # label, state, value, best (so far), epochs, seconds, draw, message, phase, num_done, num_trials
     "pool",  # actor, rows, rows_per_s, busy (share of wall time, 0..1)
     "system",  # process, rss_bytes, cpu_s, gpu_bytes (on a GPU: the most that was allocated)
     "warning",  # message

@@ -90,7 +90,13 @@ class LiveView:
             return f"{data.get('status', '')}{message}"
         if event.kind in ("step", "rows"):
             return self._describe_step(event)
+        if event.kind == "trial" and data.get("state") != "running":
+            return f"{_describe_trial(data)}; {self._state.trials.count()}{self._trials_left()}"
         return None
+
+    def _trials_left(self) -> str:
+        left = self._state.time_left_s
+        return "" if not left else f", {format_duration(left)} left"
 
     def _describe_stage(self, event: Event) -> str:
         name, state = str(event.data.get("name", "")), str(event.data.get("state", ""))
@@ -137,7 +143,7 @@ class LiveView:
         grid.add_column(overflow="fold")
         for name, value in rows:
             grid.add_row(name, Text(value))
-            if name == "progress" and progress:
+            if name in ("progress", "trials") and progress:
                 grid.add_row("", progress)
         parts: list[RenderableType] = [grid]
         for message in warnings:
@@ -153,12 +159,15 @@ class LiveView:
         rows = [
             ("stage", f"{state.stage} {state.stage_detail}".strip()),
             ("progress", self._position() if state.num_steps or state.step or state.rows else ""),
+            ("trials", state.trials.count() if state.trials.phase else ""),
+            ("best so far", "" if state.trials.best is None else _describe_trial(state.trials.best)),
             ("speed", _join([*self._speed(), state.bottleneck])),
             ("time left", "" if left is None else format_duration(left)),
             ("losses", _join(_losses(state))),
             ("last", _summarise(state.evaluation)),
             ("best", _summarise(state.best)),
             ("teacher pool", state.pool),
+            ("teacher's share", _percent(state.trials.teacher_share if state.trials.phase else None)),
             ("status", state.status),
             ("folder", str(self._folder)),
         ]
@@ -167,9 +176,31 @@ class LiveView:
     def _progress_bar(self) -> ProgressBar | None:
         if self._state.rows is not None:
             return ProgressBar(total=self._state.rows[1], completed=self._state.rows[0], width=40)
+        if self._state.trials.phase:
+            return ProgressBar(total=self._state.trials.num_trials, completed=self._state.trials.num_done, width=40)
         if not self._state.num_steps:
             return None
         return ProgressBar(total=self._state.num_steps, completed=self._state.step, width=40)
+
+
+def _describe_trial(data: Mapping[str, Any]) -> str:
+    value = "" if data.get("value") is None else f" {format_number(data['value'])}"
+    best = " (best so far)" if data.get("best") else ""
+    values = ", ".join(
+        f"{name.rpartition(': ')[2]} {format_number(value) if isinstance(value, float) else value}"
+        for name, value in data.get("draw", {}).items()
+    )
+    parts = [
+        f"trial {data['label']} {data['state']}{value}{best} after {data['epochs']} epochs, "
+        f"{format_duration(data['seconds'])}",
+        values,
+        str(data.get("message") or ""),
+    ]
+    return ": ".join(part for part in parts if part)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f} % of the time of teacher and trials"
 
 
 def format_duration(seconds: float) -> str:

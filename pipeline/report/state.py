@@ -13,6 +13,67 @@ _RECENT_S = 60.0
 _NUM_WARNINGS_SHOWN = 3
 
 
+_TEACHER_STAGES = ("logits", "teacher logits")
+
+
+@dataclass
+class TrialsState:
+    """The trials of a search, and what the teacher took of its time.
+
+    Attributes:
+        phase: ``search`` or ``confirm``; empty: this run is no search.
+        best: the event of the best trial of the phase so far.
+    """
+
+    phase: str = ""
+    num_done: int = 0
+    num_trials: int = 0
+    states: dict[str, str] = field(default_factory=dict)
+    best: dict[str, Any] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    teacher_s: float = 0.0
+    _began: float = 0.0
+    _done_at_begin: int = 0
+    _teacher_began: dict[str, float] = field(default_factory=dict)
+
+    def note_stage(self, name: str, begins: bool, time: float) -> None:
+        if name not in _TEACHER_STAGES:
+            return
+        if begins:
+            self._teacher_began[name] = time
+        elif name in self._teacher_began:
+            self.teacher_s += time - self._teacher_began.pop(name)
+
+    def update(self, event: Event) -> None:
+        data = event.data
+        if data["phase"] != self.phase:
+            self.phase, self.states, self.best = data["phase"], {}, None
+            self._began, self._done_at_begin = event.time, data["num_done"]
+        self.num_done, self.num_trials = data["num_done"], data["num_trials"]
+        self.states[data["label"]] = data["state"]
+        self.seconds[data["label"]] = data["seconds"]
+        if data.get("best"):
+            self.best = data
+
+    def time_left_s(self, now: float) -> float | None:
+        """As if the rest took as long as those that are done; none before one is."""
+        done = self.num_done - self._done_at_begin
+        return (now - self._began) / done * (self.num_trials - self.num_done) if done > 0 else None
+
+    def count(self) -> str:
+        """``4 of 16 done, 1 pruned, 2 running``."""
+        states = list(self.states.values())
+        parts = [f"{self.num_done} of {self.num_trials} done"]
+        parts += [f"{states.count(state)} {state}" for state in ("pruned", "failed", "running") if state in states]
+        return ", ".join(parts)
+
+    @property
+    def teacher_share(self) -> float | None:
+        """Of the time of teacher and trials together; none before a trial was."""
+        trials = sum(self.seconds.values())
+        return self.teacher_s / (self.teacher_s + trials) if trials else None
+
+
 @dataclass
 class RunState:
     """Filled by ``update``; everything may be missing, for events come in any order and some never.
@@ -40,6 +101,7 @@ class RunState:
     warnings: deque[str] = field(default_factory=lambda: deque(maxlen=_NUM_WARNINGS_SHOWN))
     num_warnings: int = 0
     now: float = 0.0
+    trials: TrialsState = field(default_factory=lambda: TrialsState())
     _recent: deque[tuple[float, int]] = field(default_factory=deque)
 
     def update(self, event: Event) -> None:
@@ -50,6 +112,8 @@ class RunState:
     @property
     def time_left_s(self) -> float | None:
         """From the rate of the last minute; None before there is one."""
+        if self.trials.phase:
+            return self.trials.time_left_s(self.now)
         if self.rows is not None:
             done, total = self.rows
             return (total - done) / self.samples_per_s if self.samples_per_s else None
@@ -88,6 +152,7 @@ class RunState:
 
     def _update_stage(self, event: Event) -> None:
         name, state = str(event.data.get("name", "")), event.data.get("state")
+        self.trials.note_stage(name, state == "started", event.time)
         if state == "started":
             self.stage, self.stage_detail = name, str(event.data.get("detail") or "")
         elif name == self.stage:
@@ -119,6 +184,10 @@ class RunState:
         self.evaluation = event.data
         if event.data.get("best"):
             self.best = event.data
+
+    def _update_trial(self, event: Event) -> None:
+        self.rows = None
+        self.trials.update(event)
 
     def _update_pool(self, event: Event) -> None:
         self.actors[str(event.data.get("actor", ""))] = (event.time, event.data)

@@ -46,7 +46,14 @@ from pipeline.training import open_training
 
 
 @dataclass(frozen=True)
-class _Work:
+class CacheWork:
+    """A cache to be made for a run, of whatever command.
+
+    Attributes:
+        reader: the training split.
+        key: of the cache.
+    """
+
     run: Run
     source: DataSource
     teacher: CheckedTeacher
@@ -60,7 +67,7 @@ class _Work:
 
 def build_cache(request: Request) -> int:
     """Returns 0; a cache that is complete is left as it is."""
-    return tell(Story(_check, _prepare, _carry_out, _show, dataset=_describe), request)
+    return tell(Story(_check, prepare_cache, _carry_out, _show, dataset=_describe), request)
 
 
 def _check(config: Config, source: DataSource) -> None:
@@ -68,28 +75,39 @@ def _check(config: Config, source: DataSource) -> None:
     check_classes(config.cache, source.spec.num_classes)
 
 
-def _prepare(run: Run, source: DataSource, teacher: CheckedTeacher | None) -> _Work:
+def prepare_cache(run: Run, source: DataSource, teacher: CheckedTeacher | None) -> CacheWork:
+    """The cache of a run's configuration; what is wrong with its folder shows now."""
     assert teacher is not None  # the command asks for one
-    work = _Work(run, source, teacher, open_training(source), cache_key(run.config, source, teacher))
-    open_build(run.config.cache.path or "", work.key, work.reader).close()  # what is wrong with it shows now
+    work = CacheWork(run, source, teacher, open_training(source), cache_key(run.config, source, teacher))
+    open_build(run.config.cache.path or "", work.key, work.reader).close()
     return work
 
 
-def _describe(work: _Work) -> dict[str, Any]:
+def _describe(work: CacheWork) -> dict[str, Any]:
     """What the tracker records: the cache itself, as a data set of its own."""
     num_rows = work.key.num_views * work.reader.num_rows
     name = f"{work.run.config.data.name}-logits"
     return {"name": name, "fingerprint": work.key.digest, "num_rows": num_rows, "path": work.folder}
 
 
-def _carry_out(work: _Work, session: RunSession) -> None:
+def _carry_out(work: CacheWork, session: RunSession) -> None:
+    _finish(work, *complete_cache(work, session), session)
+
+
+def complete_cache(work: CacheWork, session: RunSession) -> tuple[Cache, dict[str, int]]:
+    """Computes what is missing of a cache; one that is complete is left as it is.
+
+    Returns:
+        the cache; how many rows were ``computed`` now, and how many the teacher's forward call counted
+        (``forwarded``), those included that fill up the last block of each view.
+    """
     with open_build(work.run.config.cache.path or "", work.key, work.reader) as build:
         places = build.find_missing_parts()
         _announce(work, build, len(places), session)
         rows = {"computed": 0, "forwarded": 0}
         cache = build.cache
         if cache is None:
-            with _open_teacher(work, session) as teacher:
+            with open_teacher(work, session) as teacher:
                 session.began = True
                 accuracy = _measure_teacher(work, teacher, session)
                 if places:
@@ -101,10 +119,10 @@ def _carry_out(work: _Work, session: RunSession) -> None:
             counted = {f"rows_{name}_last": number for name, number in rows.items()}
             cache = build.seal(accuracy, describe_origin(work.run) | counted)
             session.say("sealing", "finished")
-        _finish(work, cache, rows, session)
+        return cache, rows
 
 
-def _announce(work: _Work, build: CacheBuild, num_missing: int, session: RunSession) -> None:
+def _announce(work: CacheWork, build: CacheBuild, num_missing: int, session: RunSession) -> None:
     num_parts = work.key.num_views * len(build.layout.indexes)
     size = estimate_bytes(
         work.reader.num_rows, work.key.num_views, work.key.num_classes, work.key, len(build.layout.indexes)
@@ -117,7 +135,7 @@ def _announce(work: _Work, build: CacheBuild, num_missing: int, session: RunSess
     )
 
 
-def _measure_teacher(work: _Work, teacher: _Teacher, session: RunSession) -> float | None:
+def _measure_teacher(work: CacheWork, teacher: _Teacher, session: RunSession) -> float | None:
     """Accuracy on validation; for a top-k cache also what it loses, on the same rows."""
     path = teacher.compute("validation", work.source.split("validation"))
     logits = load_logits(path) if work.key.format == "topk" else np.empty((0, 1))
@@ -131,7 +149,7 @@ def _measure_teacher(work: _Work, teacher: _Teacher, session: RunSession) -> flo
     return teacher_accuracy(work.source, path)
 
 
-def _finish(work: _Work, cache: Cache, rows: dict[str, int], session: RunSession) -> None:
+def _finish(work: CacheWork, cache: Cache, rows: dict[str, int], session: RunSession) -> None:
     manifest = cache.manifest
     path = work.run.dir / "cache.json"
     write_json(path, {"folder": work.folder, **manifest.model_dump(mode="json", exclude={"first_rows", "parts"})})
@@ -173,19 +191,20 @@ class _Teacher(Protocol):
 
 
 @contextmanager
-def _open_teacher(work: _Work, session: RunSession) -> Iterator[_Teacher]:
+def open_teacher(work: CacheWork, session: RunSession) -> Iterator[_Teacher]:
+    """The teacher of a cache's run, in this process or in a pool."""
     config = work.run.config
     if config.cluster.name == "inprocess":
         yield _Here(work, session)
         return
-    with join_cluster(work.run, session, list_demands(config, work.run.command), "pool") as drain:
+    with join_cluster(work.run, session, list_demands(config, "cache build"), "pool") as drain:
         yield _Pool(work, Streams(config, work.source, work.teacher, session, drain.emitter))
 
 
 class _Here:
     """The teacher in this process."""
 
-    def __init__(self, work: _Work, session: RunSession) -> None:
+    def __init__(self, work: CacheWork, session: RunSession) -> None:
         self._work, self._session = work, session
         self._logits = LogitsHere(work.run.config, work.source, work.teacher, session)
 
@@ -207,7 +226,7 @@ class _Here:
 class _Pool:
     """The teacher pool on Ray."""
 
-    def __init__(self, work: _Work, streams: Streams) -> None:
+    def __init__(self, work: CacheWork, streams: Streams) -> None:
         self._work, self._streams = work, streams
 
     def compute(self, split: SplitName, reader: SplitReader) -> Path:

@@ -76,14 +76,26 @@ def open_cached(config: Config, key: CacheKey, reader: SplitReader) -> tuple[Log
         ConfigError: the encoding does not fit the classes, or not what the loss needs.
     """
     check_classes(key, key.num_classes)
-    decoder = _make_decoder(config, key)
+    decoder = make_decoder(config, key)
+    return open_logits(config, key, reader), decoder
+
+
+def open_logits(config: Config, key: CacheKey, reader: SplitReader) -> LogitsReader:
+    """The cache of this configuration as ``open_cached`` has it, to be decoded for several losses."""
     cache = open_cache(config.cache.path or "", key, reader)
-    if isinstance(reader, TableReader):
-        return load_logits(cache), decoder
-    return WindowedLogits(cache, _limit_bytes(config, key, reader)), decoder
+    return (
+        load_logits(cache)
+        if isinstance(reader, TableReader)
+        else WindowedLogits(cache, _limit_bytes(config, key, reader))
+    )
 
 
-def _make_decoder(config: Config, key: CacheKey) -> LogitsDecoder:
+def make_decoder(config: Config, key: CacheKey) -> LogitsDecoder:
+    """Decodes what is read out of a cache, for the loss of this configuration.
+
+    Raises:
+        ConfigError: a top-k cache, and a temperature that it does not serve.
+    """
     temperature = 1.0
     if key.format == "topk":
         (temperature,) = config.loss.topk_temperatures
@@ -146,7 +158,7 @@ def plan_fill(work: Work, key: CacheKey) -> Fill:
     steps = -(-key.num_views * plan.blocks_per_epoch // plan.blocks_per_step)
     limit = _limit_bytes(config, key, work.reader)
     logits = LogitsToCome(config.cache.path or "", key, work.reader, limit)
-    return Fill(writer, min(steps * plan.blocks_per_step, plan.num_blocks), logits, _make_decoder(config, key))
+    return Fill(writer, min(steps * plan.blocks_per_step, plan.num_blocks), logits, make_decoder(config, key))
 
 
 def plan_seal(work: Work, fill: Fill, teacher_accuracy: float | None) -> SealPlan:

@@ -167,7 +167,7 @@ class _OnRay:
             spec=spec,
             storage=work.run.dir / "ray",
             num_workers=cluster.num_workers,
-            worker_resources=_worker_bundle(work.config),
+            worker_resources=worker_bundle(work.config),
             num_threads=_num_threads(work),
             max_failures=cluster.max_failures,
             with_teacher=work.teacher is not None,
@@ -191,7 +191,7 @@ class _OnRay:
             return evaluate_weights(spec)
         from pipeline.cluster.tasks import run_task
 
-        return run_task(evaluate_weights, spec, _worker_bundle(self._work.config))
+        return run_task(evaluate_weights, spec, worker_bundle(self._work.config))
 
     def _run_stream(self, spec: RunSpec) -> RunStream:
         """One stream to the end, or, where a cache is filled, one that computes and then one that reads."""
@@ -230,9 +230,12 @@ def list_demands(config: Config, command: str) -> list[Demand]:
     from pipeline.cluster.preflight import Demand
 
     demands = []
+    if command == "search":
+        limit = None if config.search is None else config.search.max_concurrent
+        return [Demand("trial", 1, worker_bundle(config), "cluster.num_cpus_per_worker", most=limit)]
     if config.cluster.name == "ray" and command not in TEACHER_ONLY:
         demands.append(
-            Demand("student worker", config.cluster.num_workers, _worker_bundle(config), "cluster.num_workers")
+            Demand("student worker", config.cluster.num_workers, worker_bundle(config), "cluster.num_workers")
         )
     return demands + list_stream_demands(config, "teacher actor" if uses_pool(config, command) else None)
 
@@ -246,7 +249,8 @@ def preflight_rows(config: Config, command: str) -> list[list[str]]:
     return demand_rows(list_demands(config, command))
 
 
-def _worker_bundle(config: Config) -> dict[str, float]:
+def worker_bundle(config: Config) -> dict[str, float]:
+    """Resources of a process that trains."""
     cluster = config.cluster
     bundle = {"CPU": cluster.num_cpus_per_worker, "GPU": cluster.num_gpus_per_worker, **cluster.resources_per_worker}
     return {name: amount for name, amount in bundle.items() if amount}
@@ -256,7 +260,7 @@ def _num_threads(work: Work) -> int:
     return work.config.train.num_threads or max(1, int(work.config.cluster.num_cpus_per_worker))
 
 
-def _student_device(config: Config) -> str | None:
+def student_device(config: Config) -> str | None:
     """Where the student lives; none: on the GPU of this process, if it has one."""
     if config.cluster.name == "inprocess":
         return None
@@ -275,7 +279,7 @@ def _local_context(work: Work, session: RunSession) -> LocalContext:
         committed = committed_folder(str(storage))
     if config.train.num_threads is not None:
         torch.set_num_threads(config.train.num_threads)
-    device = _student_device(config)
+    device = student_device(config)
     return LocalContext(
         work.run.dir / "checkpoints", session.journal, None if device is None else torch.device(device), committed
     )
@@ -294,7 +298,7 @@ def _evaluation_spec(
         work.config.evaluation,
         None if logits is None else str(logits),
         work.config.train.precision,
-        _student_device(work.config),
+        student_device(work.config),
         emitter,
     )
 

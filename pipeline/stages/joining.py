@@ -29,13 +29,10 @@ def join_cluster(run: Run, session: RunSession, demands: Sequence[Demand], place
     """
     from pipeline.cluster.journal import QueueDrain
     from pipeline.cluster.preflight import admitted, check_demand
-    from pipeline.cluster.session import ray_session
 
     cluster = run.config.cluster
-    session.say("ray", detail="connecting to the cluster, or starting one here")
-    with ray_session(cluster.address, list(demands), run.dir / "ray.log"):
+    with connect(run, session, demands):
         check_demand(list(demands), resuming=run.resumed)
-        session.say("ray", "finished")
         with admitted(
             list(demands), run.name, cluster.wait_s, lambda detail: session.say("placement", detail=detail)
         ) as release:
@@ -46,3 +43,21 @@ def join_cluster(run: Run, session: RunSession, demands: Sequence[Demand], place
                 yield drain
             finally:
                 drain.close()
+
+
+@contextmanager
+def connect(run: Run, session: RunSession, demands: Sequence[Demand]) -> Iterator[None]:
+    """The cluster of a run, found or started here for ``demands``; nothing where this process has joined it already.
+
+    Raises:
+        ResourceError: the cluster cannot be joined.
+    """
+    from pipeline.cluster.session import is_joined, ray_session
+
+    if is_joined():
+        yield
+        return
+    session.say("ray", detail="connecting to the cluster, or starting one here")
+    with ray_session(run.config.cluster.address, list(demands), run.dir / "ray.log"):
+        session.say("ray", "finished")
+        yield

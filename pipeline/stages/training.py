@@ -45,7 +45,7 @@ def _carry_out(work: Work, session: RunSession) -> None:
         metrics = dict(best.metrics)
         if work.config.evaluation.test:
             metrics |= evaluate_test(work, execution, session, best, "the kept checkpoint, once, at the end of its run")
-    _write_evaluations(work.run, best.step)
+    write_evaluations(work.run, best.step)
     extra = {
         "best_step": best.step,
         "best_epoch": best.epoch,
@@ -62,7 +62,7 @@ def _find_perturbation(work: Work, logits: Path | None, session: RunSession) -> 
     return select(work.config.selection, work.source, logits, session).perturbation
 
 
-def _write_evaluations(run: Run, step: int) -> None:
+def write_evaluations(run: Run, step: int) -> None:
     """Writes ``evaluation.json``: metrics and accuracies by class of the kept step, for each split."""
     kept = {}
     for event, _ in read_events(run.dir / "events.jsonl"):

@@ -193,11 +193,18 @@ def prepare_work(run: Run, source: DataSource, teacher: CheckedTeacher | None) -
     classifier = build_classifier(network, source.spec)
     load_initial_weights(classifier, network, role=role)
     reader = open_training(source)
-    planner = make_planner(config.data, reader, config.train, config.run.seed)
-    work = Work(run, source, network, teacher, reader, planner, make_plan(planner, config.train))
+    work = plan_work(run, source, teacher, reader)
     if teacher is None or config.teacher.source == "online":
         return work
     key = cache_key(config, source, teacher)
     if config.teacher.source == "fill" and not is_complete(config, key):
         return replace(work, fill=plan_fill(work, key))
     return replace(work, cached=open_cached(config, key, reader))
+
+
+def plan_work(run: Run, source: DataSource, teacher: CheckedTeacher | None, reader: SplitReader) -> Work:
+    """Order and length of a run on a training split that is open, without its cache."""
+    config = run.config
+    planner = make_planner(config.data, reader, config.train, config.run.seed)
+    network = trained_network(config, run.command)[1]
+    return Work(run, source, network, teacher, reader, planner, make_plan(planner, config.train))

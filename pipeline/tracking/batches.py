@@ -130,8 +130,9 @@ def _translate_status(batch: Batch, event: Event) -> None:
     status = STATUSES.get(event.data.get("status", ""))
     if status:
         batch.status = (status, int(event.time * 1000))
-    if event.data.get("message"):
-        batch.tags["status_message"] = str(event.data["message"])
+    for name, tag in (("message", "status_message"), ("outcome", "outcome")):
+        if event.data.get(name):
+            batch.tags[tag] = str(event.data[name])
 
 
 def _translate_plan(batch: Batch, event: Event) -> None:
@@ -179,6 +180,14 @@ def _translate_figures(batch: Batch, event: Event) -> None:
     batch.tags["summary"] = str(event.data.get("message", ""))
 
 
+def _translate_trial(batch: Batch, event: Event) -> None:
+    data = event.data
+    if data.get("state") in ("finished", "pruned") and _is_number(data.get("value")):
+        number = int(data["num_done"])
+        batch.add_points(event, {f"{data['phase']}/value": data["value"]}, number)
+    batch.tags[f"{data['phase']}.done"] = f"{data['num_done']} of {data['num_trials']}"
+
+
 def _translate_pool(batch: Batch, event: Event) -> None:
     # Actors come and go under new names; one curve of all of them is what can be read.
     values = {f"system/pool/{name}": event.data.get(name) for name in ("rows_per_s", "busy")}
@@ -212,6 +221,7 @@ _TRANSLATORS: dict[str, Callable[[Batch, Event], None]] = {
     "checkpoint": _translate_checkpoint,
     "rows": _translate_rows,
     "figures": _translate_figures,
+    "trial": _translate_trial,
     "pool": _translate_pool,
     "system": _translate_system,
     "warning": _translate_warning,

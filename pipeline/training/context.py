@@ -7,7 +7,7 @@ blocks this worker must see. The loop knows neither Ray nor the tracker.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -103,15 +103,22 @@ class LocalContext(Alone):
         emitter: takes the events.
         device: where to train; by default the first GPU, else the CPU.
         start_from: a checkpoint kept elsewhere, which counts if it is further than those in ``folder``.
+        committed: is told the metrics of every checkpoint; none: nobody is.
     """
 
     def __init__(
-        self, folder: Path, emitter: Emitter, device: torch.device | None = None, start_from: Path | None = None
+        self,
+        folder: Path,
+        emitter: Emitter,
+        device: torch.device | None = None,
+        start_from: Path | None = None,
+        committed: Callable[[Mapping[str, float]], None] | None = None,
     ) -> None:
         super().__init__(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         self._folder = folder
         self._emitter = emitter
         self._start_from = start_from
+        self._committed = committed
 
     def resume_folder(self) -> Path | None:
         return find_furthest([find_local(self._folder), self._start_from])
@@ -134,6 +141,8 @@ class LocalContext(Alone):
                 last.rename(previous)
             incoming.rename(last)
         shutil.rmtree(previous, ignore_errors=True)
+        if self._committed is not None:
+            self._committed(metrics)
 
     def emit(self, event: Event) -> None:
         self._emitter.emit(event)

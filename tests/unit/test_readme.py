@@ -15,6 +15,7 @@ from pipeline.config.request import Request
 from pipeline.contracts.columns import InputSpec
 from pipeline.models import build_classifier
 from pipeline.models.custom import CustomParams
+from pipeline.stages.search import SEARCH_DEFAULTS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -61,12 +62,20 @@ def test_every_command_is_a_valid_request(command: str, tmp_path: Path, monkeypa
     name = name_of(command)
     arguments = shlex.split(command.removeprefix(name))
     conf = [Path(arguments.pop(arguments.index("--conf") + 1)) for _ in range(arguments.count("--conf"))]
+    for folder in conf:
+        if folder.parts[0] == "runs":  # what a run has left: a search's winner
+            (folder / "experiment").mkdir(parents=True)
+            (folder / "experiment" / "winner.yaml").write_text(
+                "# @package _global_\nteacher: {checkpoint: weights.pt}\n"
+            )
     overrides = [argument for argument in arguments if argument != "--conf"]
-    of_a_run = name in ("evaluate", "predict")
+    of_a_run = name in ("evaluate", "predict", "search show")
     run, others = take_run(overrides, "run" if of_a_run else "resume")
     if name == "predict":
         out, others = take_run(others, "out", "a Parquet file")
         assert out
+    if name == "search show":
+        _, others = take_run(others, "out", "a file")
     if name.startswith("cache "):
         _, others = take_run(others, "name")
         others = [text for text in others if not text.startswith("plan.")]
@@ -74,7 +83,7 @@ def test_every_command_is_a_valid_request(command: str, tmp_path: Path, monkeypa
         compose(others, conf)  # the run, or the machine, is needed for more
         assert not of_a_run or run
         return
-    defaults = ("loss=cross_entropy",) if name == "train-teacher" else ()
+    defaults = {"train-teacher": ("loss=cross_entropy",), "search": SEARCH_DEFAULTS}.get(name, ())
     load_config(Request(name, tuple(overrides), tuple(conf)), defaults)
 
 

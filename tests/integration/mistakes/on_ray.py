@@ -18,3 +18,9 @@ def _(place: Place) -> list[str]:
 @mistake("no CPU left for the teachers", on_ray=True)
 def _(place: Place) -> list[str]:
     return place.distill("teacher.pool.min=6", "teacher.pool.max=6", "cluster.num_workers=2")
+
+
+@mistake("a trial larger than the cluster", on_ray=True)
+def _(place: Place) -> list[str]:
+    options = ("search=temperature", "cache.path=cache", "cluster.num_cpus_per_worker=9")
+    return ["search", *place.distill(*options)[1:]]

@@ -11,10 +11,28 @@ from typing import Any
 import pytest
 
 from pipeline.cli.main import main
-from tests.integration.mistakes import in_cache, in_configuration, in_data, in_networks, in_predict, in_runs, on_ray
+from tests.integration.mistakes import (
+    in_cache,
+    in_configuration,
+    in_data,
+    in_networks,
+    in_predict,
+    in_runs,
+    in_search,
+    on_ray,
+)
 from tests.integration.mistakes.table import CASES, Place, Row, read_table
 
-MODULES = (in_cache, in_configuration, in_data, in_networks, in_predict, in_runs, on_ray)  # importing them fills CASES
+MODULES = (
+    in_cache,
+    in_configuration,
+    in_data,
+    in_networks,
+    in_predict,
+    in_runs,
+    in_search,
+    on_ray,
+)  # importing them fills CASES
 ROWS = read_table()
 
 

@@ -1,0 +1,250 @@
+"""Trials on Ray Tune: which runs where and how long; what they are is said by a board that the driver keeps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.search import Searcher
+
+from pipeline.cluster.preflight import cluster_capacity
+from pipeline.search import TrialTask
+from pipeline.search.study import PastTrial
+
+EPOCH, VALUE = "epoch", "value"
+_UNJUDGED = "unjudged_value"  # schedulers pass over results without the value that they judge by
+_LABEL, _CONFIG, _JUDGED = "label", "config", "judged"
+
+Report = Callable[[int, float], None]
+
+# Read by Tune when it starts.
+_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the trials keep a journal of their own
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # the board is what a search is resumed from
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # not every trial is judged
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "10",  # a busy machine takes longer than 2 s to leave a trial
+    "TUNE_WARN_THRESHOLD_S": "10",
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+}
+
+
+class Board(Protocol):
+    """Says which trials there are, and is told what comes of them; called from one thread."""
+
+    def next_trial(self) -> TrialTask | Literal["wait"] | None:
+        """The next trial; ``wait``: that depends on those that run; none: there is no further one."""
+        ...
+
+    def started(self, label: str) -> None: ...
+
+    def reported(self, label: str, epoch: int, value: float) -> None: ...
+
+    def retried(self, label: str) -> None:
+        """Its process died; it is tried once more."""
+        ...
+
+    def ended(self, label: str, error: str | None) -> None:
+        """It came to its end, was stopped early, or failed for good."""
+        ...
+
+    def is_late(self, label: str) -> bool:
+        """Whether a trial is to end at this evaluation, for the time is up."""
+        ...
+
+    def must_stop(self) -> bool:
+        """Whether the whole search is to end."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrialsPlan:
+    """How trials are carried out.
+
+    Attributes:
+        bundle: resources of a trial.
+        max_concurrent: most trials at a time.
+        scheduler: which trials are stopped early.
+        num_epochs: of a whole trial.
+        mode: which way values are better.
+        storage: a folder for what Tune writes.
+    """
+
+    bundle: dict[str, float]
+    max_concurrent: int
+    scheduler: Literal["none", "asha", "median"]
+    num_epochs: int
+    mode: Literal["max", "min"]
+    storage: Path
+
+
+def count_concurrent(bundle: Mapping[str, float], limit: int | None, num_trials: int) -> int:
+    """How many trials the cluster holds at a time, at least 1 and at most ``limit``."""
+    capacity = cluster_capacity()
+    held = [int(capacity.get(name, 0.0) / amount + 1e-9) for name, amount in bundle.items() if amount]
+    return max(1, min([*held, limit or num_trials, num_trials]))
+
+
+def run_trials(
+    function: Callable[[Any, str, str, Report], None],
+    inputs: Any,
+    board: Board,
+    plan: TrialsPlan,
+    past: Iterable[PastTrial] = (),
+) -> None:
+    """Runs the board's trials to their end.
+
+    Args:
+        function: called in a trial's process with ``inputs``, label, configuration and a function that takes epoch
+            and value of an evaluation, and raises SystemExit where the trial is to end.
+        inputs: the same for all trials; sent to each node once.
+        past: trials of earlier starts, by which the scheduler judges too.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    with_inputs = tune.with_parameters(_run_trial, shared={"function": function, "inputs": inputs})
+    trainable = tune.with_resources(with_inputs, tune.PlacementGroupFactory([dict(plan.bundle)]))
+    tuner = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=_BoardSearcher(board),
+            scheduler=_make_scheduler(plan, past),
+            num_samples=-1,
+            max_concurrent_trials=plan.max_concurrent,
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: trial.config[_LABEL],
+            trial_name_creator=lambda trial: trial.config[_LABEL],
+        ),
+        run_config=tune.RunConfig(
+            name=plan.storage.name,
+            storage_path=str(plan.storage.parent),
+            failure_config=tune.FailureConfig(max_failures=1),
+            callbacks=[_BoardCallback(board)],
+            stop=_BoardStopper(board),
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+
+
+def _run_trial(config: dict[str, Any], shared: dict[str, Any]) -> None:
+    name = VALUE if config[_JUDGED] else _UNJUDGED
+
+    def report(epoch: int, value: float) -> None:
+        tune.report({EPOCH: epoch, name: value})
+
+    shared["function"](shared["inputs"], config[_LABEL], config[_CONFIG], report)
+
+
+def _make_scheduler(plan: TrialsPlan, past: Iterable[PastTrial]) -> TrialScheduler:
+    first = max(1, plan.num_epochs // 9)
+    scheduler: TrialScheduler
+    if plan.scheduler == "none" or plan.num_epochs < 2:
+        return FIFOScheduler()
+    if plan.scheduler == "asha":
+        scheduler = ASHAScheduler(
+            time_attr=EPOCH, metric=VALUE, mode=plan.mode, max_t=plan.num_epochs, grace_period=first, reduction_factor=3
+        )
+    else:
+        # A trial is stopped or goes on; pausing it would need a checkpoint that Tune knows of.
+        scheduler = MedianStoppingRule(
+            time_attr=EPOCH, metric=VALUE, mode=plan.mode, grace_period=first, min_time_slice=10**9
+        )
+    for trial in past:
+        _replay(scheduler, trial)
+    return scheduler
+
+
+def _replay(scheduler: TrialScheduler, past: PastTrial) -> None:
+    """A scheduler keeps nothing over a restart, so it sees the curves of earlier trials again."""
+    if not past.curve:
+        return
+    trial: Any = _Past(past.label)
+    scheduler.on_trial_add(None, trial)  # type: ignore[arg-type]
+    for epoch, value in past.curve:
+        scheduler.on_trial_result(None, trial, {EPOCH: epoch, VALUE: value})  # type: ignore[arg-type]
+
+
+class _Past:
+    """What schedulers ask of a trial."""
+
+    def __init__(self, label: str) -> None:
+        self.trial_id = label
+
+
+class _AtBoard:
+    """Tune pickles what it is given, to restore a search from; ours is resumed from the board's own files."""
+
+    def __init__(self, board: Board) -> None:
+        super().__init__()
+        self._board = board
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _BoardSearcher(_AtBoard, Searcher):
+    """Gives Tune the board's trials."""
+
+    def suggest(self, trial_id: str) -> Any:
+        trial = None if self._board.must_stop() else self._board.next_trial()
+        if trial is None:
+            return Searcher.FINISHED
+        return None if trial == "wait" else {_LABEL: trial.label, _CONFIG: trial.config, _JUDGED: trial.judged}
+
+    def on_trial_result(self, trial_id: str, result: Any) -> None:
+        pass
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        pass
+
+    def save(self, checkpoint_path: str) -> None:
+        pass
+
+    def restore(self, checkpoint_path: str) -> None:
+        pass
+
+
+class _BoardCallback(_AtBoard, tune.Callback):
+    """Tells the board what Tune sees."""
+
+    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self._board.started(trial.config[_LABEL])
+
+    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
+        if EPOCH in result:
+            value = result[VALUE] if VALUE in result else result[_UNJUDGED]
+            self._board.reported(trial.config[_LABEL], int(result[EPOCH]), float(value))
+
+    def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self._board.retried(trial.config[_LABEL])
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self._board.ended(trial.config[_LABEL], None)
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self._board.ended(trial.config[_LABEL], _last_line(trial))
+
+
+def _last_line(trial: Any) -> str:
+    file = trial.error_file
+    try:
+        text = Path(file).read_text() if file else ""
+    except OSError:
+        text = ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "its process died"
+
+
+class _BoardStopper(_AtBoard, tune.Stopper):
+    """Ends the whole search when the board says so."""
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return self._board.is_late(result["config"][_LABEL])
+
+    def stop_all(self) -> bool:
+        return self._board.must_stop()

@@ -1,0 +1,32 @@
+"""Search spaces: which configuration keys a search varies, over what. No Ray, no torch."""
+
+from pipeline.search.params import ConfirmParams, SearchParams
+from pipeline.search.space import (
+    Axis,
+    Branch,
+    Choice,
+    Chooser,
+    Draw,
+    Number,
+    RandomChooser,
+    Space,
+    Value,
+    flatten_start,
+)
+from pipeline.search.tasks import TrialTask
+
+__all__ = [
+    "Axis",
+    "Branch",
+    "Choice",
+    "Chooser",
+    "ConfirmParams",
+    "Draw",
+    "Number",
+    "RandomChooser",
+    "SearchParams",
+    "Space",
+    "TrialTask",
+    "Value",
+    "flatten_start",
+]

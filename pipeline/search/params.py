@@ -1,0 +1,53 @@
+"""Parameters of a search."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from pipeline.registry import Params
+from pipeline.search.space import Space
+
+
+class ConfirmParams(Params):
+    """The best trials are trained again, so that what was lucky once does not win."""
+
+    top: int = Field(default=3, ge=1)
+    """How many of the best trials; the configuration that the search began from is trained beside them."""
+    seeds: int = Field(default=3, ge=1)
+    """Fresh seeds of each."""
+
+
+class SearchParams(Params):
+    """What a search varies, how it chooses, and when it stops."""
+
+    space: dict[str, Any]
+    """Distributions at the paths of configuration keys below ``loss``, ``student`` and ``train``."""
+    start: tuple[dict[str, Any], ...] = ()
+    """Points to begin with, after the configuration itself; what a point leaves out is drawn."""
+    start_from_selection: bool = False
+    """Also begin with the coefficients that select-perturbation chooses (axes ``loss.perturbation.0`` and so on)."""
+    options: dict[str, dict[str, dict[str, Any]]] = Field(default_factory=dict)
+    """What the choices of a group in ``space`` begin with; filled in from the files of the group."""
+    num_trials: int = Field(default=16, ge=1)
+    time_budget_s: float | None = Field(default=None, gt=0)
+    """After which, in each start of the command, no trial is begun and those that run end at their next evaluation;
+    the best are then confirmed. None: no limit."""
+    max_concurrent: int | None = Field(default=None, ge=1)
+    """Most trials at a time; none: as many as the cluster holds."""
+    metric: str = "val/top1"
+    """What trials are compared by, that of the checkpoint each would keep; validation only."""
+    mode: Literal["max", "min"] | None = None
+    """Which way is better; none: as the metric says."""
+    searcher: Literal["random", "grid", "optuna"] = "optuna"
+    scheduler: Literal["none", "asha", "median"] = "asha"
+    """Which trials are stopped early: ``asha``: those below the best third after a ninth and a third of the epochs;
+    ``median``: those below the median of the others' averages; ``none``: none."""
+    confirm: ConfirmParams = ConfirmParams()
+
+    @field_validator("space")
+    @classmethod
+    def _check_space(cls, value: dict[str, Any]) -> dict[str, Any]:
+        Space.parse(value)
+        return value
