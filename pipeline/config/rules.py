@@ -179,6 +179,11 @@ def _labels_may_be_mixed(config: Config, command: str) -> Iterator[Problem]:
         )
 
 
+def _search_is_meant(config: Config, command: str) -> Iterator[Problem]:
+    if config.search is not None and command not in ("search", "validate"):
+        yield Problem("search", f"is for the command search, and {command} would not look at it; leave it out")
+
+
 def _no_password(config: Config, command: str) -> Iterator[Problem]:
     """It would be stored in the run folder and shown in the tracker."""
     from pipeline.data.storage import holds_secret
@@ -274,7 +279,7 @@ def _search_space_fits(config: Config, command: str) -> Iterator[Problem]:
 
 _Rules = tuple[Callable[[Config, str], Iterator[Problem]], ...]
 
-_RULES: _Rules = (_teacher_is_given, _cache_is_described, _no_password)
+_RULES: _Rules = (_teacher_is_given, _cache_is_described, _search_is_meant, _no_password)
 _TRAINING_RULES: _Rules = (
     _cache_has_what_the_loss_needs,
     _blocks_per_step,

@@ -11,7 +11,8 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from pipeline.search.space import Axis, Draw, Number, Space
+from pipeline.search.axes import Axis, Draw, Number
+from pipeline.search.space import Space
 
 STUDY = "search"
 

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +219,7 @@ def _make_board(
         if missing:
             confirm = params.confirm
             session.say("confirm", detail=f"the best {confirm.top} and the defaults, {confirm.seeds} fresh seeds each")
-        return list(unfinished(missing))
+        return [replace(trial, state="waiting") for trial in missing]
 
     def configure(trial: Trial) -> str:
         place, name = trial_folder(run.dir, trial.label), f"{run.name}/{trial.label}"
@@ -253,7 +253,7 @@ def _run(work: _Work, inputs: TrialInputs, session: RunSession, board: TrialBoar
             bundle=bundle,
             max_concurrent=count_concurrent(bundle, params.max_concurrent, board.total),
             scheduler=params.scheduler,
-            num_epochs=config.train.epochs,
+            num_epochs=max(built.train.epochs for built in work.configs.check()),
             mode=_mode(work.configs),
             storage=work.run.dir / "ray" / "search",
         )

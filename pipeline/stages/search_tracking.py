@@ -34,6 +34,7 @@ class TrialTrackers:
         self._trackers: dict[Path, Tracker] = {}
         self._ended: list[Path] = []
         self._unsent: list[Path] = []
+        self._over: set[Path] = set()
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="trial-trackers", daemon=True)
@@ -49,6 +50,7 @@ class TrialTrackers:
     def end(self, trial: Trial) -> None:
         """A trial is over: what its process could not write is written, and all of it sent."""
         folder = trial_folder(self._run.dir, trial.label)
+        self._over.add(folder)
         if trial.state == "pruned":
             message = f"stopped early after {trial.curve[-1][0]} epochs" if trial.curve else "stopped early"
             self._write(folder, {"status": "finished", "message": message, "outcome": "pruned"})
@@ -62,7 +64,7 @@ class TrialTrackers:
     def kill(self) -> None:
         """The search is being killed: what runs is recorded as killed."""
         for folder, tracker in list(self._trackers.items()):
-            if folder not in self._ended:
+            if folder not in self._over:
                 self._write(folder, {"status": "killed", "message": "the search was stopped"})
                 tracker.flush(0.3)
 
@@ -77,7 +79,7 @@ class TrialTrackers:
             if not tracker.close(_AWAY_S if tracker.is_away else _CLOSE_S):
                 problems.append(f"{folder.name}: {tracker.problem}")
         problems += [f"{folder.name}: the server does not have the search yet" for folder in self._waiting]
-        return f"{len(problems)} trials were not sent in full (the first: {problems[0]})" if problems else ""
+        return f"not all of {len(problems)} trials was sent (the first: {problems[0]})" if problems else ""
 
     def _write(self, folder: Path, status: dict[str, str]) -> None:
         if folder.exists():

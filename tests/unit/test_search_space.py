@@ -25,6 +25,13 @@ def parse(**axes: Any) -> Space:
     return Space.parse(axes)
 
 
+def values_of(name: str, draws: list[Draw], kind: type) -> list[Any]:
+    """Which all are of that type."""
+    values = [draw[name] for draw in draws]
+    assert {type(value) for value in values} == {kind}
+    return values
+
+
 def draw_many(space: Space, seed: int = 0, count: int = 200) -> list[Draw]:
     chooser = RandomChooser(seed)
     return [space.draw(chooser) for _ in range(count)]
@@ -40,7 +47,7 @@ def test_each_distribution_is_read() -> None:
     assert space.axes == (
         Number("loss.t", "loss.t", 1.0, 16.0, log=True, integer=False, step=None, points=5),
         Number("loss.w", "loss.w", 0.5, 2.5, log=False, integer=False, step=0.5, points=3),
-        Number("train.n", "train.n", 2.0, 9.0, log=False, integer=True, step=None, points=5),
+        Number("train.n", "train.n", 2, 9, log=False, integer=True, step=1, points=5),
         Choice("train.c", "train.c", ("entropy", 3, False)),
     )
     assert [axis.show() for axis in space.axes] == [
@@ -78,6 +85,7 @@ def test_names_are_distinct_though_paths_are_not() -> None:
         ({"loss": {"t": {"distribution": "uniform", "low": 1}}}, "loss.t.high: "),
         ({"loss": {"t": UNIFORM | {"low": "a"}}}, "loss.t.low: "),
         ({"loss": {"t": UNIFORM | {"step": 0}}}, "loss.t.step: "),
+        ({"loss": {"t": UNIFORM | {"step": 5}}}, "loss.t"),
         ({"loss": {"t": UNIFORM | {"points": 1}}}, "loss.t.points: "),
         ({"loss": {"t": UNIFORM | {"hihg": 1}}}, "loss.t.hihg: "),
         ({"loss": {"t": LOG | {"low": 0}}}, "loss.t: loguniform expects low above 0, got 0"),
@@ -121,15 +129,14 @@ def test_the_parameters_check_the_space() -> None:
 
 def test_draws_have_the_range_and_type_of_their_axes() -> None:
     draws = draw_many(parse(t=LOG, w=UNIFORM, n=INTEGER, c=CHOICE))
-    assert all(1 <= draw["t"] <= 16 and isinstance(draw["t"], float) for draw in draws)
-    assert all(0.5 <= draw["w"] <= 2.5 and isinstance(draw["w"], float) for draw in draws)
-    assert {draw["n"] for draw in draws} == set(range(2, 10))
-    assert all(type(draw["n"]) is int for draw in draws)
+    assert all(1 <= value <= 16 for value in values_of("t", draws, float))
+    assert all(0.5 <= value <= 2.5 for value in values_of("w", draws, float))
+    assert set(values_of("n", draws, int)) == set(range(2, 10))
     assert {(type(draw["c"]), draw["c"]) for draw in draws} == {(str, "entropy"), (int, 3), (bool, False)}
 
 
 def test_a_loguniform_axis_is_drawn_by_its_logarithm() -> None:
-    below = sum(draw["t"] < 4 for draw in draw_many(parse(t=LOG), count=1000))
+    below = sum(value < 4 for value in values_of("t", draw_many(parse(t=LOG), count=1000), float))
     assert 430 <= below <= 570
 
 
@@ -158,7 +165,7 @@ def test_axes_of_options_that_were_not_taken_are_absent() -> None:
 
 def test_assignments_put_the_option_before_what_depends_on_it() -> None:
     space = parse(loss=BRANCH, n=INTEGER)
-    draw = {"n": 3, "loss=dist: loss.temperature": 1.5, "loss": "dist"}
+    draw: Draw = {"n": 3, "loss=dist: loss.temperature": 1.5, "loss": "dist"}
     assert [(axis.path, value) for axis, value in space.assignments(draw)] == [
         ("loss", "dist"), ("loss.temperature", 1.5), ("n", 3),
     ]  # fmt: skip
@@ -172,7 +179,8 @@ def test_probes_reach_both_ends_and_every_option() -> None:
     probes = list(space.probes())
     for axis in space.axes:
         found = {probe[axis.name] for probe in probes}
-        assert (set(axis.options) if isinstance(axis, Choice) else {axis.low, axis.high}) <= found
+        expected = {axis.low, axis.high} if isinstance(axis, Number) else set(axis.grid)
+        assert expected <= found
     assert probes[0] == {"t": 4.0, "n": 5, "c": "entropy"}
     assert all(sum(probe[name] != probes[0][name] for name in probe) <= 1 for probe in probes)
 
@@ -224,7 +232,7 @@ def test_a_grid_stays_within_its_ends() -> None:
     (axis,) = parse(a={"distribution": "loguniform", "low": 0.001, "high": 0.7, "points": 13}).axes
     assert axis.grid[0] == 0.001
     assert all(axis.admits(value) for value in axis.grid)
-    assert math.isclose(axis.grid[-1], 0.7)
+    assert axis.grid[-1] == pytest.approx(0.7)
 
 
 def test_a_grid_has_every_combination_once() -> None:

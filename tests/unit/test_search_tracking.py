@@ -114,7 +114,7 @@ def test_nothing_is_sent_before_the_server_has_the_search(search: Run, monkeypat
         trackers.follow("0000")
         trackers.end(Trial("0000", {}, state="finished", value=0.5))
         problem = trackers.close()
-    assert problem == "1 trials were not sent in full (the first: 0000: the server does not have the search yet)"
+    assert problem == "not all of 1 trials was sent (the first: 0000: the server does not have the search yet)"
     assert list_unsent(search, ["0000"]) == ["0000"]
 
     know_parent(search)

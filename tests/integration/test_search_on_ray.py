@@ -1,0 +1,224 @@
+"""A search on Ray, from the cache to the winner; one whose driver is killed; one whose trial loses its process."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.cli.main import main
+from pipeline.config.results import read_run_id
+from pipeline.contracts.events import read_events
+from pipeline.data.gaussians import GaussiansParams
+from pipeline.models import build_classifier
+from pipeline.models.mlp import MLPParams
+from pipeline.stages.search_board import read_trials
+from tests.integration.commands import events_of, mlflow_client, read_result
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+ROWS = 1_280  # a multiple of the batch: no row is computed to fill up a block
+DATA = ["data=gaussians", f"data.num_train={ROWS}", "data.num_validation=500", "data.num_test=500"]
+STUDENT = ["student=mlp", "student.hidden=[8]", "train.epochs=3", "train.optimizer.lr=0.05"]
+CONFIRM = ["search.confirm.top=2", "search.confirm.seeds=2", "search.max_concurrent=2"]
+WAIT_S = 120.0
+
+
+def prepare(folder: Path) -> list[str]:
+    """Overrides of a search with an untrained teacher."""
+    torch.manual_seed(0)
+    spec = GaussiansParams(num_train=ROWS, num_validation=500, num_test=500).open().spec
+    torch.save(build_classifier(MLPParams(hidden=(16,)), spec).network.state_dict(), folder / "teacher.pt")
+    teacher = ["teacher=mlp", "teacher.hidden=[16]", f"teacher.checkpoint={folder / 'teacher.pt'}"]
+    return [*DATA, *STUDENT, *CONFIRM, *teacher, f"cache.path={folder / 'cache'}", f"run.dir={folder / 'search'}"]
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "model" / "model.safetensors")
+
+
+def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def children(folder: Path) -> list[Any]:
+    client = mlflow_client(f"sqlite:///{folder / 'mlflow.db'}")
+    parent = read_run_id(folder / "search")
+    experiment = client.get_experiment_by_name("distillation").experiment_id
+    return client.search_runs([experiment], f"tags.mlflow.parentRunId = '{parent}'", max_results=1000)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_from_the_cache_to_the_winner(tmp_path: Path) -> None:
+    import ray
+
+    before = ray.available_resources()
+    search = tmp_path / "search"
+    common = [*prepare(tmp_path), "search=temperature", "search.searcher=random"]
+    assert main(["search", *common, "search.num_trials=6"]) == 0
+    result = read_result(search)
+    trials = {trial.label: trial for trial in read_trials(search)}
+    own = [trial for trial in trials.values() if not trial.confirms]
+
+    # One pass of the teacher, whatever the number of trials.
+    assert result["metrics"]["teacher/rows_forwarded"] == result["metrics"]["teacher/rows_computed"] == ROWS
+    assert [trial.label for trial in own] == [f"{number:04d}" for number in range(6)]
+    assert own[0].draw == {"loss.temperature": 4.0, "loss.kd_weight": 0.9}
+    assert {trial.state for trial in own} <= {"finished", "pruned"}
+    assert len(trials) - len(own) in (4, 6)  # the defaults may be among the best
+    stages = [event["detail"] for event in events_of(search, "stage") if event["name"] == "evaluation"]
+    assert sum(detail.startswith("test,") for detail in stages) == 1
+
+    # What was placed is free again.
+    deadline = time.monotonic() + WAIT_S
+    while ray.available_resources().get("CPU") != before.get("CPU"):
+        assert time.monotonic() < deadline, ray.available_resources()
+        time.sleep(0.2)  # between two polls
+
+    # A trial is nothing but a run of distill, and the winner's choice trains it again.
+    winner, seed = result["winner"], 2
+    repeated = search / "trials" / f"{winner}-s{seed}"
+    again = ["--conf", str(search / "winner" / "conf"), "experiment=winner", "cluster=inprocess", f"run.seed={seed}"]
+    assert (
+        main(["distill", *again, "train.num_threads=1", f"run.dir={tmp_path / 'again'}", "evaluation.test=false"]) == 0
+    )
+    assert equal(weights(repeated), weights(tmp_path / "again"))
+    assert equal(weights(Path(result["winner_run"])), weights(search))
+
+    # Extended: what is over stays.
+    assert main(["search", f"resume={search}", "search.num_trials=+2"]) == 0
+    extended = {trial.label: trial for trial in read_trials(search)}
+    assert {label: extended[label] for label in trials} == trials
+    assert sum(not trial.confirms for trial in extended.values()) == 8
+    assert read_result(search)["metrics"]["teacher/rows_computed"] == ROWS
+
+    runs = {run.data.tags["trial"]: run for run in children(tmp_path)}
+    assert runs.keys() == extended.keys()
+    for label, trial in extended.items():
+        run = runs[label]
+        assert (run.info.status, run.data.tags["outcome"]) == ("FINISHED", trial.state)
+        assert run.data.params["loss.temperature"]
+        assert "val/top1" in run.data.metrics
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_trial_that_fails_is_left_behind(tmp_path: Path) -> None:
+    space = tmp_path / "rates.yaml"
+    rates = "[0.05, 1.0e+30, 0.02, 0.01]"
+    space.write_text(f"space: {{train: {{optimizer: {{lr: {{distribution: choice, options: {rates}}}}}}}}}")
+    grid = ["search.searcher=grid", "search.scheduler=none", f"search={space}"]
+    assert main(["search", *prepare(tmp_path), *grid]) == 0
+    trials = {trial.label: trial for trial in read_trials(tmp_path / "search")}
+    assert [trials[f"{number:04d}"].state for number in range(4)] == ["finished", "failed", "finished", "finished"]
+    failed = trials["0001"]
+    assert failed.retries == 0  # it would fail of the same again
+    assert "became" in failed.message
+    (run,) = (run for run in children(tmp_path) if run.data.tags["trial"] == "0001")
+    assert (run.info.status, run.data.tags["status_message"]) == ("FAILED", failed.message)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_too_many_failures_end_the_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    space = tmp_path / "rates.yaml"
+    space.write_text("space: {train: {optimizer: {lr: {distribution: uniform, low: 1.0e+30, high: 2.0e+30}}}}")
+    overrides = [f"search={space}", "search.num_trials=6", "search.searcher=random"]
+    assert main(["search", *prepare(tmp_path), *overrides]) == 1
+    assert "of 6 trials failed, which ends the search" in capsys.readouterr().err
+    assert read_result(tmp_path / "search")["status"] == "failed"
+    assert sum(trial.state == "failed" for trial in read_trials(tmp_path / "search")) in (2, 3)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_trial_whose_process_is_lost_goes_on(tmp_path: Path) -> None:
+    search = tmp_path / "search"
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        deadline = time.monotonic() + WAIT_S
+        while not killed and time.monotonic() < deadline:
+            if any(trial.state == "running" and len(trial.curve) > 1 for trial in _read(search)):
+                for process in psutil.process_iter(["pid", "cmdline"]):
+                    if any("ImplicitFunc" in word for word in process.info["cmdline"] or ()):
+                        os.kill(process.info["pid"], signal.SIGKILL)
+                        killed.append(process.info["pid"])
+                        return
+            time.sleep(0.02)  # between two polls
+
+    thread = threading.Thread(target=kill_one)
+    thread.start()
+    options = ["search=temperature", "search.num_trials=2", "search.scheduler=none"]
+    assert main(["search", *prepare(tmp_path), *options, "train.epochs=40"]) == 0
+    thread.join()
+    assert killed
+    trials = read_trials(search)
+    assert sum(trial.retries for trial in trials) == 1
+    assert {trial.state for trial in trials} == {"finished"}
+    (lost,) = (trial for trial in trials if trial.retries)
+    events = [event for event, _ in read_events(search / "trials" / lost.label / "events.jsonl")]
+    starts = [event.data["start_step"] for event in events if event.kind == "plan"]
+    assert len(starts) == 2
+    assert starts[1] > starts[0] == 0
+    assert [epoch for epoch, _ in lost.curve] == list(range(1, 41))
+
+
+def _read(search: Path) -> list[Any]:
+    try:
+        return list(read_trials(search))
+    except Exception:  # a file is being replaced, or is not there yet
+        return []
+
+
+def test_a_driver_that_is_killed_three_times(tmp_path: Path) -> None:
+    """Each start has a Ray of its own, which dies with its driver."""
+    search, moments = tmp_path / "search", random.Random(1)
+    options = ["search=temperature", "search.num_trials=10", "cluster.address=local", "train.epochs=12"]
+    command = ["search", *prepare(tmp_path), *options]
+    finished: dict[str, Any] = {}
+    for number in range(3):
+        process = _start(tmp_path, command)
+        begun = sum(trial.state != "waiting" for trial in _read(search))
+        target = begun + moments.randint(1, 3)
+        deadline = time.monotonic() + WAIT_S
+        while sum(bool(trial.curve) for trial in _read(search)) < target:
+            assert process.poll() is None, (tmp_path / "search.log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "search.log").read_text()
+            time.sleep(0.02)  # between two polls
+        process.kill()
+        process.wait()
+        over = {trial.label: trial for trial in read_trials(search) if trial.state in ("finished", "pruned")}
+        assert finished.items() <= over.items(), number  # none was done twice
+        finished = over
+        command = ["search", f"resume={search}"]
+    process = _start(tmp_path, command)
+    assert process.wait(timeout=300) == 0, (tmp_path / "search.log").read_text()
+    trials = {trial.label: trial for trial in read_trials(search)}
+    assert finished.items() <= trials.items()
+    own = [trial for trial in trials.values() if not trial.confirms]
+    assert [trial.label for trial in own] == [f"{number:04d}" for number in range(10)]
+    assert len({str(trial.draw) for trial in own}) == 10
+    assert all(trial.is_over for trial in trials.values())
+    runs = children(tmp_path)
+    assert sorted(run.data.tags["trial"] for run in runs) == sorted(trials)
+    assert {run.info.status for run in runs} == {"FINISHED"}
+
+
+def _start(folder: Path, command: list[str]) -> subprocess.Popen[bytes]:
+    with (folder / "search.log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "pipeline", *command],
+            cwd=folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=log,
+        )
