@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import optuna
@@ -14,16 +14,8 @@ if TYPE_CHECKING:
     from optuna.study import Study
 
 _HEIGHT = 460
-_CHARTS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
-    ("Optimisation history", "The value of every trial, and the best so far.", visualization.plot_optimization_history),
-    (
-        "Parallel coordinates",
-        "A line a trial; drag along an axis to pick some.",
-        visualization.plot_parallel_coordinate,
-    ),
-    ("Slices", "The value over each hyper-parameter by itself.", visualization.plot_slice),
-    ("Curves", "The value after each epoch; trials stopped early end early.", visualization.plot_intermediate_values),
-)
+_MARGINS = {"t": 30, "b": 60}
+_PARALLEL_MARGINS = {"t": 90, "b": 40, "l": 90, "r": 60}  # names and values stand above and beside the axes
 
 
 def importances(study: Study) -> dict[str, float]:
@@ -49,12 +41,9 @@ def render_charts(title: str, metric: str, study: Study) -> str:
     if len(_finished(study)) < 2:
         parts.append("<p>Fewer than two trials have finished: there is nothing to compare yet.</p>")
     else:
-        figures = [(heading, note, _draw(chart, study, metric)) for heading, note, chart in _CHARTS]
-        if shares := importances(study):
-            figures.append(("Importance", "Share of each hyper-parameter, by fANOVA.", _bars(shares)))
-        for index, (heading, note, figure) in enumerate(figures):
-            figure.update_layout(title=None, template="plotly_white", height=_HEIGHT, margin={"t": 30})
-            parts.append(f"<h2>{heading}</h2><p>{note}</p>")
+        for index, (heading, note, figure) in enumerate(_figures(study, metric)):
+            figure.update_layout(title=None, template="plotly_white", height=_HEIGHT)
+            parts.append(f"<h2>{html.escape(heading)}</h2><p>{note}</p>")
             parts.append(figure.to_html(full_html=False, include_plotlyjs=index == 0))
     style = (
         "body{font-family:sans-serif;max-width:1100px;margin:1em auto}h2{margin:1.2em 0 0}p{margin:.2em 0;color:#555}"
@@ -67,12 +56,37 @@ def _finished(study: Study) -> list[Any]:
     return study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
 
 
-def _draw(chart: Callable[..., Any], study: Study, metric: str) -> Any:
+def _figures(study: Study, metric: str) -> Iterator[tuple[str, str, Any]]:
+    """Heading, what is to be seen, and the figure."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Optuna marks some charts as experimental
-        if chart is visualization.plot_intermediate_values:
-            return chart(study)
-        return chart(study, target_name=metric)
+        history = visualization.plot_optimization_history(study, target_name=metric)
+        yield "Optimisation history", "The value of every trial, and the best so far.", _spaced(history, _MARGINS)
+        for condition, names in _groups(study):
+            lines = visualization.plot_parallel_coordinate(study, params=names, target_name=metric)
+            heading = f"Parallel coordinates: {condition}" if condition else "Parallel coordinates"
+            yield heading, "A line a trial; drag along an axis to pick some.", _spaced(lines, _PARALLEL_MARGINS)
+        slices = visualization.plot_slice(study, target_name=metric)
+        yield "Slices", "The value over each hyper-parameter by itself.", _spaced(slices, _MARGINS)
+        curves = visualization.plot_intermediate_values(study)
+        note = "The value after each epoch; trials stopped early end early."
+        yield "Curves", note, _spaced(curves, _MARGINS)
+        if shares := importances(study):
+            yield "Importance", "Share of each hyper-parameter, by fANOVA.", _spaced(_bars(shares), _MARGINS)
+
+
+def _groups(study: Study) -> list[tuple[str, list[str]]]:
+    """The hyper-parameters that belong on one chart, with what they depend on: all trials of a chart have them all."""
+    names = list(dict.fromkeys(name for trial in _finished(study) for name in trial.params))
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.rpartition(": ")[0], []).append(name)
+    common = groups.pop("", [])
+    return [("", common), *((condition, common + own) for condition, own in groups.items())] if common else []
+
+
+def _spaced(figure: Any, margins: dict[str, int]) -> Any:
+    return figure.update_layout(margin=margins)
 
 
 def _bars(shares: dict[str, float]) -> Any:

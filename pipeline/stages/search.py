@@ -222,8 +222,7 @@ def _make_board(
         return [replace(trial, state="waiting") for trial in missing]
 
     def configure(trial: Trial) -> str:
-        place, name = trial_folder(run.dir, trial.label), f"{run.name}/{trial.label}"
-        return configs.build(trial.draw, place, name, trial.seed).model_dump_json()
+        return configs.build(trial.draw, trial_folder(run.dir, trial.label), trial.label, trial.seed).model_dump_json()
 
     return TrialBoard(
         run_dir=run.dir,

@@ -177,7 +177,8 @@ def _translate_rows(batch: Batch, event: Event) -> None:
 
 def _translate_figures(batch: Batch, event: Event) -> None:
     batch.add_points(event, event.data.get("metrics", {}), 0)
-    batch.tags["summary"] = str(event.data.get("message", ""))
+    # The second is what MLflow shows as the run's description.
+    batch.tags["summary"] = batch.tags["mlflow.note.content"] = str(event.data.get("message", ""))
 
 
 def _translate_trial(batch: Batch, event: Event) -> None:

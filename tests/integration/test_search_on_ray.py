@@ -36,12 +36,21 @@ WAIT_S = 120.0
 
 
 def prepare(folder: Path) -> list[str]:
-    """Overrides of a search with an untrained teacher."""
+    """Overrides of runs with an untrained teacher."""
     torch.manual_seed(0)
     spec = GaussiansParams(num_train=ROWS, num_validation=500, num_test=500).open().spec
     torch.save(build_classifier(MLPParams(hidden=(16,)), spec).network.state_dict(), folder / "teacher.pt")
     teacher = ["teacher=mlp", "teacher.hidden=[16]", f"teacher.checkpoint={folder / 'teacher.pt'}"]
-    return [*DATA, *STUDENT, *CONFIRM, *teacher, f"cache.path={folder / 'cache'}", f"run.dir={folder / 'search'}"]
+    return [*DATA, *STUDENT, *teacher, f"cache.path={folder / 'cache'}"]
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A folder with a cache, and what a search in it is given: then no pool of teachers has to start."""
+    folder = tmp_path_factory.mktemp("searches")
+    overrides = prepare(folder)
+    assert main(["cache", "build", *overrides, "cluster=inprocess", f"run.dir={folder / 'build'}"]) == 0
+    return folder, [*overrides, *CONFIRM]
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -52,9 +61,10 @@ def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def children(folder: Path) -> list[Any]:
-    client = mlflow_client(f"sqlite:///{folder / 'mlflow.db'}")
-    parent = read_run_id(folder / "search")
+def children(search: Path) -> list[Any]:
+    """The tracker's runs of a search's trials."""
+    client = mlflow_client(f"sqlite:///{search.parent / 'mlflow.db'}")
+    parent = read_run_id(search)
     experiment = client.get_experiment_by_name("distillation").experiment_id
     return client.search_runs([experiment], f"tags.mlflow.parentRunId = '{parent}'", max_results=1000)
 
@@ -65,8 +75,8 @@ def test_from_the_cache_to_the_winner(tmp_path: Path) -> None:
 
     before = ray.available_resources()
     search = tmp_path / "search"
-    common = [*prepare(tmp_path), "search=temperature", "search.searcher=random"]
-    assert main(["search", *common, "search.num_trials=6"]) == 0
+    options = ["search=temperature", "search.searcher=random", "search.num_trials=6", f"run.dir={search}"]
+    assert main(["search", *prepare(tmp_path), *CONFIRM, *options]) == 0
     result = read_result(search)
     trials = {trial.label: trial for trial in read_trials(search)}
     own = [trial for trial in trials.values() if not trial.confirms]
@@ -103,7 +113,7 @@ def test_from_the_cache_to_the_winner(tmp_path: Path) -> None:
     assert sum(not trial.confirms for trial in extended.values()) == 8
     assert read_result(search)["metrics"]["teacher/rows_computed"] == ROWS
 
-    runs = {run.data.tags["trial"]: run for run in children(tmp_path)}
+    runs = {run.data.tags["trial"]: run for run in children(search)}
     assert runs.keys() == extended.keys()
     for label, trial in extended.items():
         run = runs[label]
@@ -113,35 +123,39 @@ def test_from_the_cache_to_the_winner(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_trial_that_fails_is_left_behind(tmp_path: Path) -> None:
+def test_a_trial_that_fails_is_left_behind(common: tuple[Path, list[str]], tmp_path: Path) -> None:
+    search = common[0] / "failing"
     space = tmp_path / "rates.yaml"
     rates = "[0.05, 1.0e+30, 0.02, 0.01]"
     space.write_text(f"space: {{train: {{optimizer: {{lr: {{distribution: choice, options: {rates}}}}}}}}}")
     grid = ["search.searcher=grid", "search.scheduler=none", f"search={space}"]
-    assert main(["search", *prepare(tmp_path), *grid]) == 0
-    trials = {trial.label: trial for trial in read_trials(tmp_path / "search")}
+    assert main(["search", *common[1], *grid, f"run.dir={search}"]) == 0
+    trials = {trial.label: trial for trial in read_trials(search)}
     assert [trials[f"{number:04d}"].state for number in range(4)] == ["finished", "failed", "finished", "finished"]
     failed = trials["0001"]
     assert failed.retries == 0  # it would fail of the same again
     assert "became" in failed.message
-    (run,) = (run for run in children(tmp_path) if run.data.tags["trial"] == "0001")
+    (run,) = (run for run in children(search) if run.data.tags["trial"] == "0001")
     assert (run.info.status, run.data.tags["status_message"]) == ("FAILED", failed.message)
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_too_many_failures_end_the_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_many_failures_end_the_search(
+    common: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search = common[0] / "failed"
     space = tmp_path / "rates.yaml"
     space.write_text("space: {train: {optimizer: {lr: {distribution: uniform, low: 1.0e+30, high: 2.0e+30}}}}")
-    overrides = [f"search={space}", "search.num_trials=6", "search.searcher=random"]
-    assert main(["search", *prepare(tmp_path), *overrides]) == 1
+    overrides = [f"search={space}", "search.num_trials=6", "search.searcher=random", f"run.dir={search}"]
+    assert main(["search", *common[1], *overrides]) == 1
     assert "of 6 trials failed, which ends the search" in capsys.readouterr().err
-    assert read_result(tmp_path / "search")["status"] == "failed"
-    assert sum(trial.state == "failed" for trial in read_trials(tmp_path / "search")) in (2, 3)
+    assert read_result(search)["status"] == "failed"
+    assert sum(trial.state == "failed" for trial in read_trials(search)) in (2, 3)
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_trial_whose_process_is_lost_goes_on(tmp_path: Path) -> None:
-    search = tmp_path / "search"
+def test_a_trial_whose_process_is_lost_goes_on(common: tuple[Path, list[str]]) -> None:
+    search = common[0] / "lost"
     killed: list[int] = []
 
     def kill_one() -> None:
@@ -157,8 +171,8 @@ def test_a_trial_whose_process_is_lost_goes_on(tmp_path: Path) -> None:
 
     thread = threading.Thread(target=kill_one)
     thread.start()
-    options = ["search=temperature", "search.num_trials=2", "search.scheduler=none"]
-    assert main(["search", *prepare(tmp_path), *options, "train.epochs=40"]) == 0
+    options = ["search=temperature", "search.num_trials=2", "search.scheduler=none", "train.epochs=40"]
+    assert main(["search", *common[1], *options, "search.confirm.top=1", f"run.dir={search}"]) == 0
     thread.join()
     assert killed
     trials = read_trials(search)
@@ -179,11 +193,11 @@ def _read(search: Path) -> list[Any]:
         return []
 
 
-def test_a_driver_that_is_killed_three_times(tmp_path: Path) -> None:
+def test_a_driver_that_is_killed_three_times(common: tuple[Path, list[str]], tmp_path: Path) -> None:
     """Each start has a Ray of its own, which dies with its driver."""
-    search, moments = tmp_path / "search", random.Random(1)
+    search, moments = common[0] / "killed", random.Random(1)
     options = ["search=temperature", "search.num_trials=10", "cluster.address=local", "train.epochs=12"]
-    command = ["search", *prepare(tmp_path), *options]
+    command = ["search", *common[1], *options, f"run.dir={search}"]
     finished: dict[str, Any] = {}
     for number in range(3):
         process = _start(tmp_path, command)
@@ -208,7 +222,7 @@ def test_a_driver_that_is_killed_three_times(tmp_path: Path) -> None:
     assert [trial.label for trial in own] == [f"{number:04d}" for number in range(10)]
     assert len({str(trial.draw) for trial in own}) == 10
     assert all(trial.is_over for trial in trials.values())
-    runs = children(tmp_path)
+    runs = children(search)
     assert sorted(run.data.tags["trial"] for run in runs) == sorted(trials)
     assert {run.info.status for run in runs} == {"FINISHED"}
 
