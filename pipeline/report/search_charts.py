@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _HEIGHT = 460
 _MARGINS = {"t": 30, "b": 60}
-_PARALLEL_MARGINS = {"t": 90, "b": 40, "l": 90, "r": 60}  # names and values stand above and beside the axes
+_PARALLEL_MARGINS = {"t": 40, "b": 60, "l": 90, "r": 60}  # values stand beside the axes
 
 
 def importances(study: Study) -> dict[str, float]:
@@ -62,10 +62,10 @@ def _figures(study: Study, metric: str) -> Iterator[tuple[str, str, Any]]:
         warnings.simplefilter("ignore")  # Optuna marks some charts as experimental
         history = visualization.plot_optimization_history(study, target_name=metric)
         yield "Optimisation history", "The value of every trial, and the best so far.", _spaced(history, _MARGINS)
-        for condition, names in _groups(study):
-            lines = visualization.plot_parallel_coordinate(study, params=names, target_name=metric)
+        for condition, part in _parts(study):
+            lines = visualization.plot_parallel_coordinate(part, target_name=metric)
             heading = f"Parallel coordinates: {condition}" if condition else "Parallel coordinates"
-            yield heading, "A line a trial; drag along an axis to pick some.", _spaced(lines, _PARALLEL_MARGINS)
+            yield heading, "A line a trial; the darker, the higher its value.", _spaced(lines, _PARALLEL_MARGINS)
         slices = visualization.plot_slice(study, target_name=metric)
         yield "Slices", "The value over each hyper-parameter by itself.", _spaced(slices, _MARGINS)
         curves = visualization.plot_intermediate_values(study)
@@ -75,14 +75,24 @@ def _figures(study: Study, metric: str) -> Iterator[tuple[str, str, Any]]:
             yield "Importance", "Share of each hyper-parameter, by fANOVA.", _spaced(_bars(shares), _MARGINS)
 
 
-def _groups(study: Study) -> list[tuple[str, list[str]]]:
-    """The hyper-parameters that belong on one chart, with what they depend on: all trials of a chart have them all."""
-    names = list(dict.fromkeys(name for trial in _finished(study) for name in trial.params))
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(name.rpartition(": ")[0], []).append(name)
-    common = groups.pop("", [])
-    return [("", common), *((condition, common + own) for condition, own in groups.items())] if common else []
+def _parts(study: Study) -> Iterator[tuple[str, Study]]:
+    """What all trials have, then what only those of an option have, under the names of its keys."""
+    trials = _finished(study)
+    conditions = dict.fromkeys(name.rpartition(": ")[0] for trial in trials for name in trial.params)
+    for condition in sorted(conditions):
+        part = optuna.create_study(direction=study.direction)
+        for trial in trials:
+            names = {name: name.rpartition(": ")[2] for name in trial.params if name.rpartition(": ")[0] == condition}
+            if names:
+                part.add_trial(
+                    optuna.trial.create_trial(
+                        value=trial.value,
+                        params={short: trial.params[name] for name, short in names.items()},
+                        distributions={short: trial.distributions[name] for name, short in names.items()},
+                    )
+                )
+        if len(part.trials) > 1:
+            yield condition, part
 
 
 def _spaced(figure: Any, margins: dict[str, int]) -> Any:
