@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from pipeline.models import build_classifier
 from pipeline.models.mlp import MLPParams
 from pipeline.stages.search_board import read_trials
 from tests.integration.commands import events_of, mlflow_client, read_result
+from tests.integration.mlflow_server import Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -122,21 +126,58 @@ def test_from_the_cache_to_the_winner(tmp_path: Path) -> None:
         assert "val/top1" in run.data.metrics
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_trial_that_fails_is_left_behind(common: tuple[Path, list[str]], tmp_path: Path) -> None:
-    search = common[0] / "failing"
-    space = tmp_path / "rates.yaml"
+@pytest.fixture(scope="module")
+def failing(common: tuple[Path, list[str]], ray_cluster: None) -> Path:
+    """A search over a grid of learning rates, with one that is far too high."""
+    folder, overrides = common
+    space = folder / "rates.yaml"
     rates = "[0.05, 1.0e+30, 0.02, 0.01]"
     space.write_text(f"space: {{train: {{optimizer: {{lr: {{distribution: choice, options: {rates}}}}}}}}}")
-    grid = ["search.searcher=grid", "search.scheduler=none", f"search={space}"]
-    assert main(["search", *common[1], *grid, f"run.dir={search}"]) == 0
-    trials = {trial.label: trial for trial in read_trials(search)}
+    grid = ["search.searcher=grid", "search.scheduler=none", f"search={space}", f"run.dir={folder / 'failing'}"]
+    assert main(["search", *overrides, *grid]) == 0
+    return folder / "failing"
+
+
+def test_a_trial_that_fails_is_left_behind(failing: Path) -> None:
+    trials = {trial.label: trial for trial in read_trials(failing)}
     assert [trials[f"{number:04d}"].state for number in range(4)] == ["finished", "failed", "finished", "finished"]
     failed = trials["0001"]
     assert failed.retries == 0  # it would fail of the same again
     assert "became" in failed.message
-    (run,) = (run for run in children(search) if run.data.tags["trial"] == "0001")
+    (run,) = (run for run in children(failing) if run.data.tags["trial"] == "0001")
     assert (run.info.status, run.data.tags["status_message"]) == ("FAILED", failed.message)
+
+
+def test_the_pages_of_a_search(failing: Path) -> None:
+    """MLflow's pages in a browser: the search, one of its trials, its charts, two trials beside each other."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("there is no Chromium on this machine")
+    runs = {run.data.tags["trial"]: run.info for run in children(failing)}
+    experiment, parent = runs["0000"].experiment_id, read_run_id(failing)
+    ids = [runs[label].run_id for label in ("0000", "0002")]
+    query = urllib.parse.urlencode({"runs": json.dumps(ids), "experiments": json.dumps([experiment])})
+    wanted = {
+        f"experiments/{experiment}/runs/{parent}": ["0000", "0003", "over 2 fresh seeds", "winner/val/top1"],
+        f"experiments/{experiment}/runs/{runs['0001'].run_id}": ["Failed", "train.optimizer.lr", "became"],
+        f"experiments/{experiment}/runs/{parent}/artifacts/search/charts.html": ["charts.html", "trials.csv"],
+        f"compare-runs?{query}": ["0000", "0002", "train.optimizer.lr", "val/top1"],
+    }
+    server = Server(failing.parent)
+    server.start()
+    try:
+        for path, texts in wanted.items():
+            page = _open(browser, f"{server.uri}/#/{path}", failing.parent / "browser")
+            assert [text for text in texts if text not in page] == [], path
+    finally:
+        server.kill()
+
+
+def _open(browser: str, address: str, profile: Path) -> str:
+    """What a page holds once its scripts have run."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
+    command = [browser, *options, "--virtual-time-budget=20000", "--dump-dom", address]
+    return subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=True).stdout
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -193,13 +234,14 @@ def _read(search: Path) -> list[Any]:
         return []
 
 
-def test_a_driver_that_is_killed_three_times(common: tuple[Path, list[str]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.bench)])
+def test_a_driver_that_is_killed(kills: int, common: tuple[Path, list[str]], tmp_path: Path) -> None:
     """Each start has a Ray of its own, which dies with its driver."""
-    search, moments = common[0] / "killed", random.Random(1)
+    search, moments = common[0] / f"killed-{kills}", random.Random(1)
     options = ["search=temperature", "search.num_trials=10", "cluster.address=local", "train.epochs=12"]
     command = ["search", *common[1], *options, f"run.dir={search}"]
     finished: dict[str, Any] = {}
-    for number in range(3):
+    for number in range(kills):
         process = _start(tmp_path, command)
         begun = sum(trial.state != "waiting" for trial in _read(search))
         target = begun + moments.randint(1, 3)

@@ -94,6 +94,11 @@ def _(place: Place) -> list[str]:
     return search(place, "teacher.source=online")
 
 
+@mistake("a space for a run that searches nothing")
+def _(place: Place) -> list[str]:
+    return place.distill("search=temperature")
+
+
 @mistake("more trials for a run that is no search")
 def _(place: Place) -> list[str]:
     assert main(place.distill("cluster=inprocess", "train.epochs=1", "run.dir=runs/student")) == 0
