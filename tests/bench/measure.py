@@ -32,6 +32,7 @@ SECTIONS = (
     "cifar10h",
     "gaussian_scores",
     "selection",
+    "search",
 )
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 

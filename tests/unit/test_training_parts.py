@@ -232,7 +232,7 @@ def test_one_function_opens_test_and_its_callers_are_known() -> None:
         [
             ("stages/evaluate.py", "evaluate"),
             ("stages/predict.py", "_open_rows"),
-            ("stages/search_result.py", "_open_test"): 1,  # after the winner was chosen
+            ("stages/search_result.py", "_open_test"),  # after the winner was chosen
             ("stages/training.py", "evaluate_test"),
             ("stages/validate.py", "validate"),
         ]
