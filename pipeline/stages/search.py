@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from pipeline.config.request import Request
 from pipeline.config.results import read_run_id
@@ -51,12 +51,21 @@ SEARCH_DEFAULTS = ("teacher.source=cached", "cache.path=runs/cache")
 
 @dataclass(frozen=True)
 class _Work:
+    """A search, resolved.
+
+    Attributes:
+        reader: the training split.
+        cache: what the trials read; none where nobody teaches.
+        num_epochs: of the longest trial.
+    """
+
     run: Run
     source: DataSource
     teacher: CheckedTeacher | None
     reader: SplitReader
     configs: TrialConfigs
     cache: CacheWork | None
+    num_epochs: int
 
     @property
     def config(self) -> Config:
@@ -76,14 +85,15 @@ def _check(config: Config, source: DataSource) -> None:
 
 def _prepare(run: Run, source: DataSource, teacher: CheckedTeacher | None) -> _Work:
     configs = TrialConfigs(run.config)
-    if teacher is None:
-        return _Work(run, source, None, open_training(source), configs, None)
     built = configs.check()
+    num_epochs = max(config.train.epochs for config in built)
+    if teacher is None:
+        return _Work(run, source, None, open_training(source), configs, None, num_epochs)
     wanting = next((config for config in built if "last_layer" in config.loss.needs), None)
     if wanting is not None and teacher.class_similarity is None:
         teacher = check_teacher(wanting, source)
     cache = prepare_cache(run, source, teacher)
-    return _Work(run, source, teacher, cache.reader, configs, cache)
+    return _Work(run, source, teacher, cache.reader, configs, cache, num_epochs)
 
 
 def _show(run: Run) -> None:
@@ -252,14 +262,14 @@ def _run(work: _Work, inputs: TrialInputs, session: RunSession, board: TrialBoar
             bundle=bundle,
             max_concurrent=count_concurrent(bundle, params.max_concurrent, board.total),
             scheduler=params.scheduler,
-            num_epochs=max(built.train.epochs for built in work.configs.check()),
+            num_epochs=work.num_epochs,
             mode=_mode(work.configs),
             storage=work.run.dir / "ray" / "search",
         )
         run_trials(run_trial, inputs, board, plan, past)
 
 
-def _mode(configs: TrialConfigs) -> Any:
+def _mode(configs: TrialConfigs) -> Literal["max", "min"]:
     return "max" if configs.maximises else "min"
 
 

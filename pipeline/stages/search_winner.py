@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from pipeline.config.stored import write_text
+from pipeline.evaluation.bootstrap import Interval
 from pipeline.evaluation.seeds import mean_over_seeds
 from pipeline.report.search import Candidate
 from pipeline.search import Draw
@@ -95,7 +95,7 @@ def describe(ranked: Sequence[Confirmed], maximise: bool) -> list[Candidate]:
     return candidates
 
 
-def paired_gain(values: Mapping[int, float], others: Mapping[int, float], maximise: bool) -> Any:
+def paired_gain(values: Mapping[int, float], others: Mapping[int, float], maximise: bool) -> Interval | None:
     """How much better ``values`` are, over the seeds that both have; none where they share none."""
     sign = 1.0 if maximise else -1.0
     shared = sorted(values.keys() & others.keys())

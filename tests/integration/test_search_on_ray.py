@@ -201,7 +201,7 @@ def test_a_trial_whose_process_is_lost_goes_on(common: tuple[Path, list[str]]) -
     def kill_one() -> None:
         deadline = time.monotonic() + WAIT_S
         while not killed and time.monotonic() < deadline:
-            for trial in _read(search):
+            for trial in read_trials(search):
                 if trial.state == "running" and len(trial.curve) > 1:
                     status = json.loads((search / "trials" / trial.label / "status.json").read_text())
                     os.kill(status["pid"], signal.SIGKILL)
@@ -226,13 +226,6 @@ def test_a_trial_whose_process_is_lost_goes_on(common: tuple[Path, list[str]]) -
     assert [epoch for epoch, _ in lost.curve] == list(range(1, 41))
 
 
-def _read(search: Path) -> list[Any]:
-    try:
-        return list(read_trials(search))
-    except Exception:  # a file is being replaced, or is not there yet
-        return []
-
-
 @pytest.mark.bench  # four minutes
 def test_a_driver_that_is_killed_three_times(common: tuple[Path, list[str]], tmp_path: Path) -> None:
     """Each start has a Ray of its own, which dies with its driver."""
@@ -242,10 +235,10 @@ def test_a_driver_that_is_killed_three_times(common: tuple[Path, list[str]], tmp
     finished: dict[str, Any] = {}
     for number in range(3):
         process = _start(tmp_path, command)
-        begun = sum(trial.state != "waiting" for trial in _read(search))
+        begun = sum(trial.state != "waiting" for trial in read_trials(search))
         target = begun + moments.randint(1, 3)
         deadline = time.monotonic() + WAIT_S
-        while sum(bool(trial.curve) for trial in _read(search)) < target:
+        while sum(bool(trial.curve) for trial in read_trials(search)) < target:
             assert process.poll() is None, (tmp_path / "search.log").read_text()
             assert time.monotonic() < deadline, (tmp_path / "search.log").read_text()
             time.sleep(0.02)  # between two polls
