@@ -57,7 +57,7 @@ def measure(
         write_checkpoint(folder / "teacher.safetensors", TEACHER)
         for index in range(rounds):
             with say(f"round {index + 1}: t and s"):
-                teacher.add(1e6 / _time_teacher(folder, steps))
+                teacher.add(1e6 / time_teacher(folder, steps))
                 student.add(1e6 / process.submit(train_plainly, folder / "data", 1, steps).result()[0])
             with say(f"round {index + 1}: inline loop"):
                 loop = _plain_loop(folder, "inline", EPOCHS * (rows // BATCH_SIZE), warmup=0)
@@ -70,17 +70,17 @@ def measure(
     write_section("cache-total", _report(rows, teacher, student, inline, cached))
 
 
-def _plain_loop(folder: Path, mode: str, steps: int, warmup: int) -> list[str]:
+def _plain_loop(folder: Path, mode: str, steps: int, warmup: int, threads: int = THREADS) -> list[str]:
     return [
         "tests.bench.plain_loop", "--data", str(folder / "data"), "--checkpoint", str(folder / "teacher.safetensors"),
-        "--teacher", TEACHER, "--batch-size", str(BATCH_SIZE), "--threads", str(THREADS), "--mode", mode,
+        "--teacher", TEACHER, "--batch-size", str(BATCH_SIZE), "--threads", str(threads), "--mode", mode,
         "--warmup", str(warmup), "--steps", str(steps),
     ]  # fmt: skip
 
 
-def _time_teacher(folder: Path, steps: int) -> float:
+def time_teacher(folder: Path, steps: int, threads: int = THREADS) -> float:
     """Samples per second of the teacher's forward pass alone."""
-    command = [sys.executable, "-m", *_plain_loop(folder, "teacher", steps, warmup=4)]
+    command = [sys.executable, "-m", *_plain_loop(folder, "teacher", steps, warmup=4, threads=threads)]
     printed = subprocess.run(command, input="\n", text=True, stdout=subprocess.PIPE, check=True).stdout
     return float(json.loads(printed)["samples_per_s"])
 

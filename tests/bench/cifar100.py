@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -21,8 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t as students_t
-
+from pipeline.evaluation.seeds import mean_over_seeds
 from tests.bench.measure import CpuClock, say, table, write_section
 
 TEACHER_EPOCHS, STUDENT_EPOCHS = 8, 6
@@ -161,9 +159,8 @@ def _row(name: str, results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _interval(values: Sequence[float], digits: int) -> str:
-    quantile = float(students_t.ppf(0.975, len(values) - 1))
-    mean, half = statistics.mean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:+.{digits}f} ({mean - half:+.{digits}f} to {mean + half:+.{digits}f})"
+    found = mean_over_seeds(values)
+    return f"{found.mean:+.{digits}f} ({found.low:+.{digits}f} to {found.high:+.{digits}f})"
 
 
 if __name__ == "__main__":

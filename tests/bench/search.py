@@ -24,10 +24,10 @@ from pathlib import Path
 from pipeline.contracts.events import Event, read_events
 from pipeline.stages.search_board import read_trials, trial_folder
 from tests.bench.cache_epochs import BATCH_SIZE, data_settings, train_plainly
+from tests.bench.cache_total import TEACHER, time_teacher
 from tests.bench.measure import Series, say, table, verdict, write_section
 from tests.bench.workload import STUDENT_WIDTH, write_checkpoint, write_images
 
-TEACHER = "resnet56"  # its forward pass costs about three times what the student's epoch does
 CONCURRENT = 2
 VIEWS = 1
 PLAIN_STEPS = 20
@@ -64,7 +64,7 @@ def main() -> None:
         write_checkpoint(folder / "teacher.safetensors", TEACHER)
         for index in range(arguments.rounds):
             with say(f"round {index + 1}: t and s"):
-                times.teacher.add(1e6 / _time_teacher(folder))
+                times.teacher.add(1e6 / time_teacher(folder, PLAIN_STEPS, threads=1))
                 plain = process.submit(train_plainly, folder / "data", 1, PLAIN_STEPS)
                 times.student.add(1e6 / plain.result()[0])
             with say(f"round {index + 1}: a TorchTrainer for each trial"):
@@ -72,17 +72,6 @@ def main() -> None:
             with say(f"round {index + 1}: search"):
                 _run_search(folder, f"search-{index}", trials, epochs, times)
     write_section("search", _report(rows, trials, epochs, times))
-
-
-def _time_teacher(folder: Path) -> float:
-    """Samples per second of the teacher's forward pass alone, with the threads of a trial."""
-    command = [
-        "tests.bench.plain_loop", "--data", str(folder / "data"), "--checkpoint", str(folder / "teacher.safetensors"),
-        "--teacher", TEACHER, "--batch-size", str(BATCH_SIZE), "--threads", "1", "--mode", "teacher",
-        "--steps", str(PLAIN_STEPS),
-    ]  # fmt: skip
-    printed = subprocess.run([sys.executable, "-m", *command], input="\n", text=True, capture_output=True, check=True)
-    return float(json.loads(printed.stdout)["samples_per_s"])
 
 
 def _run_documented(folder: Path, trials: int, epochs: int, times: _Times) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -11,28 +12,10 @@ from typing import Any
 import pytest
 
 from pipeline.cli.main import main
-from tests.integration.mistakes import (
-    in_cache,
-    in_configuration,
-    in_data,
-    in_networks,
-    in_predict,
-    in_runs,
-    in_search,
-    on_ray,
-)
 from tests.integration.mistakes.table import CASES, Place, Row, read_table
 
-MODULES = (
-    in_cache,
-    in_configuration,
-    in_data,
-    in_networks,
-    in_predict,
-    in_runs,
-    in_search,
-    on_ray,
-)  # importing them fills CASES
+for _file in sorted(Path(__file__).parent.glob("[io]n_*.py")):
+    importlib.import_module(f"tests.integration.mistakes.{_file.stem}")  # which fills CASES
 ROWS = read_table()
 
 
