@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from pipeline.evaluation.selection import CandidateScore, Predictor, Selection
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PREDICTOR_NAMES: dict[Predictor, str] = {
     "teacher": "teacher",
@@ -24,6 +27,8 @@ def plot_candidates(selection: Selection) -> Figure:
     What is drawn is the difference to zero: intervals of the scores themselves would mostly show that some rows are
     harder than others, for all candidates alike.
     """
+    from matplotlib.figure import Figure  # a second to import, which only a selection's end needs
+
     groups = sorted({candidate.group for candidate in selection.candidates})
     columns = min(len(groups), _MAX_COLUMNS)
     lines = -(-len(groups) // columns)
@@ -49,6 +54,8 @@ def plot_candidates(selection: Selection) -> Figure:
 
 def plot_reliability(selection: Selection) -> Figure:
     """Accuracy against confidence of teacher, temperature-scaled and proxy teacher, on rows that fitted neither."""
+    from matplotlib.figure import Figure  # as above
+
     figure = Figure(figsize=(6.5, 7.5), layout="constrained")
     curves, counts = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     curves.plot([0, 1], [0, 1], color="#aaaaaa", linestyle="--", linewidth=1, label="perfectly calibrated")
