@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
 from pipeline.cluster.preflight import cluster_capacity
+from pipeline.cluster.team import Team
 from pipeline.search import TrialTask
 from pipeline.search.study import PastTrial
 
@@ -22,12 +24,14 @@ _LABEL, _CONFIG, _JUDGED = "label", "config", "judged"
 
 Report = Callable[[int, float], None]
 
+# Read by Tune in a process that is to serve the next trial: a busy machine takes longer than 2 s to leave one.
+_LEAVE_WITHIN = ("TUNE_FUNCTION_THREAD_TIMEOUT_S", "10")
+
 # Read by Tune when it starts.
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the trials keep a journal of their own
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # the board is what a search is resumed from
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # not every trial is judged
-    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "10",  # a busy machine takes longer than 2 s to leave a trial
     "TUNE_WARN_THRESHOLD_S": "10",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
 }
@@ -56,6 +60,10 @@ class Board(Protocol):
         """Whether a trial is to end at this evaluation, for the time is up."""
         ...
 
+    def returned(self, label: str) -> None:
+        """It was not begun: the process that was to run it was still busy."""
+        ...
+
     def must_stop(self) -> bool:
         """Whether the whole search is to end."""
         ...
@@ -66,7 +74,8 @@ class TrialsPlan:
     """How trials are carried out.
 
     Attributes:
-        bundle: resources of a trial.
+        bundle: resources of a worker.
+        num_workers: of a trial.
         max_concurrent: most trials at a time.
         scheduler: which trials are stopped early.
         num_epochs: of a whole trial.
@@ -75,6 +84,7 @@ class TrialsPlan:
     """
 
     bundle: dict[str, float]
+    num_workers: int
     max_concurrent: int
     scheduler: Literal["none", "asha", "median"]
     num_epochs: int
@@ -82,15 +92,15 @@ class TrialsPlan:
     storage: Path
 
 
-def count_concurrent(bundle: Mapping[str, float], limit: int | None, num_trials: int) -> int:
+def count_concurrent(bundle: Mapping[str, float], num_workers: int, limit: int | None, num_trials: int) -> int:
     """How many trials the cluster holds at a time, at least 1 and at most ``limit``."""
     capacity = cluster_capacity()
-    held = [int(capacity.get(name, 0.0) / amount + 1e-9) for name, amount in bundle.items() if amount]
+    held = [int(capacity.get(name, 0.0) / (amount * num_workers) + 1e-9) for name, amount in bundle.items() if amount]
     return max(1, min([*held, limit or num_trials, num_trials]))
 
 
 def run_trials(
-    function: Callable[[Any, str, str, Report], None],
+    function: Callable[[Any, str, str, Report, Team | None], None],
     inputs: Any,
     board: Board,
     plan: TrialsPlan,
@@ -99,15 +109,19 @@ def run_trials(
     """Runs the board's trials to their end.
 
     Args:
-        function: called in a trial's process with ``inputs``, label, configuration and a function that takes epoch
-            and value of an evaluation, and raises SystemExit where the trial is to end.
+        function: called in a trial's process with ``inputs``, label, configuration, a function that takes epoch and
+            value of an evaluation and raises SystemExit where the trial is to end, and, where a trial has several
+            workers, the others.
         inputs: the same for all trials; sent to each node once.
         past: trials of earlier starts, by which the scheduler judges too.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    with_inputs = tune.with_parameters(_run_trial, shared={"function": function, "inputs": inputs})
-    trainable = tune.with_resources(with_inputs, tune.PlacementGroupFactory([dict(plan.bundle)]))
+    # A reference, which a trial passes on to its other workers.
+    shared = {"function": function, "inputs": ray.put(inputs), "size": plan.num_workers, "bundle": plan.bundle}
+    with_inputs = tune.with_parameters(_run_trial, shared=shared)
+    bundles = [dict(plan.bundle)] * plan.num_workers
+    trainable = tune.with_resources(with_inputs, tune.PlacementGroupFactory(bundles))
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
@@ -132,12 +146,23 @@ def run_trials(
 
 
 def _run_trial(config: dict[str, Any], shared: dict[str, Any]) -> None:
+    os.environ.setdefault(*_LEAVE_WITHIN)
     name = VALUE if config[_JUDGED] else _UNJUDGED
 
     def report(epoch: int, value: float) -> None:
         tune.report({EPOCH: epoch, name: value})
 
-    shared["function"](shared["inputs"], config[_LABEL], config[_CONFIG], report)
+    inputs = ray.get(shared["inputs"])
+    shared["function"](inputs, config[_LABEL], config[_CONFIG], report, _find_team(shared))
+
+
+_TEAMS: dict[Any, Team] = {}  # of this process, for the next trials in it
+
+
+def _find_team(shared: dict[str, Any]) -> Team | None:
+    if shared["size"] == 1:
+        return None
+    return _TEAMS.setdefault(shared["inputs"], Team(shared["size"], shared["bundle"], shared["inputs"]))
 
 
 def _make_scheduler(plan: TrialsPlan, past: Iterable[PastTrial]) -> TrialScheduler:
@@ -212,6 +237,17 @@ class _BoardSearcher(_AtBoard, Searcher):
 class _BoardCallback(_AtBoard, tune.Callback):
     """Tells the board what Tune sees."""
 
+    def __init__(self, board: Board) -> None:
+        super().__init__(board)
+        self._told: set[str] = set()  # ids of trials whose end the board knows
+
+    def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
+        # Tune drops a trial without a word when the process that it wants to use again has not left the last one.
+        for trial in trials:
+            if trial.status == "ERROR" and trial.trial_id not in self._told:
+                self._told.add(trial.trial_id)
+                self._board.returned(trial.config[_LABEL])
+
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         self._board.started(trial.config[_LABEL])
 
@@ -224,9 +260,11 @@ class _BoardCallback(_AtBoard, tune.Callback):
         self._board.retried(trial.config[_LABEL])
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self._told.add(trial.trial_id)
         self._board.ended(trial.config[_LABEL], None)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self._told.add(trial.trial_id)
         self._board.ended(trial.config[_LABEL], _last_line(trial))
 
 

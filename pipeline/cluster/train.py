@@ -225,10 +225,14 @@ class RayWorkerContext:
     def __init__(self, emitter: Emitter, start_from: Path | None = None) -> None:
         import ray.train.torch
 
+        from pipeline.training import Worker
+
         train_context = ray.train.get_context()
         self.rank = train_context.get_world_rank()
         self.world_size = train_context.get_world_size()
         self.device = ray.train.torch.get_device()
+        worker = Worker(self.device, self.rank, self.world_size)
+        self.wrap, self.sum_over_workers = worker.wrap, worker.sum_over_workers
         self._emitter = emitter
 
         checkpoint = ray.train.get_checkpoint()
@@ -241,22 +245,6 @@ class RayWorkerContext:
     def cursor(self) -> int:
         """Blocks consumed at the checkpoint that this worker restores."""
         return 0 if self._folder is None else read_cursor(self._folder)
-
-    def wrap(self, network: Any) -> Any:
-        if self.world_size == 1:
-            return network
-        from torch.nn.parallel import DistributedDataParallel
-
-        devices = [self.device] if self.device.type == "cuda" else None
-        # Each worker's blocks are BatchNorm's groups; its statistics are averaged before they are used.
-        return DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
-
-    def sum_over_workers(self, values: Any) -> Any:
-        if self.world_size > 1:
-            import torch.distributed
-
-            torch.distributed.all_reduce(values)
-        return values
 
     def commit(self, folder: Path | None, metrics: dict[str, float]) -> None:
         checkpoint = None if folder is None else Checkpoint.from_directory(folder)

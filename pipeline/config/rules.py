@@ -221,12 +221,6 @@ def _search_is_described(config: Config, command: str) -> Iterator[Problem]:
         )
     if config.cluster.name != "ray":
         yield Problem("cluster.name", f"trials run on Ray, but cluster={config.cluster.name}; use cluster=ray")
-    if config.cluster.num_workers != 1:
-        yield Problem(
-            "cluster.num_workers",
-            f"a trial trains in one process, so expected 1, got {config.cluster.num_workers}; give it more with "
-            "cluster.num_cpus_per_worker and cluster.num_gpus_per_worker",
-        )
     if asks_teacher(config, command) and config.teacher.source != "cached":
         yield Problem(
             "teacher.source",

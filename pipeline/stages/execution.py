@@ -231,8 +231,11 @@ def list_demands(config: Config, command: str) -> list[Demand]:
 
     demands = []
     if command == "search":
-        limit = None if config.search is None else config.search.max_concurrent
-        return [Demand("trial", 1, worker_bundle(config), "cluster.num_cpus_per_worker", most=limit)]
+        limit, workers = None if config.search is None else config.search.max_concurrent, config.cluster.num_workers
+        who, knob = (
+            ("trial", "cluster.num_cpus_per_worker") if workers == 1 else ("trial worker", "cluster.num_workers")
+        )
+        return [Demand(who, workers, worker_bundle(config), knob, most=None if limit is None else limit * workers)]
     if config.cluster.name == "ray" and command not in TEACHER_ONLY:
         demands.append(
             Demand("student worker", config.cluster.num_workers, worker_bundle(config), "cluster.num_workers")

@@ -260,7 +260,8 @@ def _run(work: _Work, inputs: TrialInputs, session: RunSession, board: TrialBoar
     with join_cluster(work.run, session, list_demands(config, "search"), "trial"):
         plan = TrialsPlan(
             bundle=bundle,
-            max_concurrent=count_concurrent(bundle, params.max_concurrent, board.total),
+            num_workers=config.cluster.num_workers,
+            max_concurrent=count_concurrent(bundle, config.cluster.num_workers, params.max_concurrent, board.total),
             scheduler=params.scheduler,
             num_epochs=work.num_epochs,
             mode=_mode(work.configs),

@@ -174,6 +174,9 @@ class TrialBoard:
         self.on_end(trial)
         self._tell_event(label)
 
+    def returned(self, label: str) -> None:
+        self.waiting.appendleft(self.trials[label])
+
     def must_stop(self) -> bool:
         return len(self.failed) >= self.max_failed
 

@@ -43,7 +43,7 @@ class TrialConfigs:
         return METRIC_DIRECTIONS[self.params.metric.removeprefix("val/")] == "max"
 
     def build(self, draw: Draw | None, place: Path, name: str, seed: int | None = None) -> Config:
-        """The configuration of a trial, for ``distill`` in one process.
+        """The configuration of a trial, for ``distill``; one of a single worker trains in one process.
 
         Args:
             draw: none: the search's own configuration.
@@ -57,7 +57,8 @@ class TrialConfigs:
         raw = self.config.to_dict()
         raw["search"] = None
         raw["run"] = {"dir": str(place), "name": name, "seed": self.config.run.seed if seed is None else seed}
-        set_path(raw, "cluster.name", "inprocess")
+        if self.config.cluster.num_workers == 1:
+            set_path(raw, "cluster.name", "inprocess")
         set_path(raw, "data.view_seed", self.config.view_seed)
         set_path(raw, "evaluation.test", False)  # selection never sees it
         for axis, value in self.space.assignments(draw) if draw is not None else ():

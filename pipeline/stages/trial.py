@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ import torch
 from pipeline.config.runs import Run, open_run
 from pipeline.config.schema import Config
 from pipeline.config.validate import build_config
-from pipeline.contracts.events import Event, Journal
+from pipeline.contracts.events import Emitter, Event, Journal
 from pipeline.data import DataSource, SplitReader
 from pipeline.data.cache import CacheKey, LogitsReader
 from pipeline.errors import PipelineError, TrainingError
@@ -26,7 +26,8 @@ from pipeline.stages.search_configs import TRIAL_COMMAND
 from pipeline.stages.skipped import SkippedRows
 from pipeline.stages.training import keep_best, write_evaluations
 from pipeline.stages.work import CheckedTeacher, plan_work
-from pipeline.training import InProcessSource, LocalContext, build_job, train
+from pipeline.training import InProcessSource, LocalContext, RunSpec, TrainState, build_job, make_planner, train
+from pipeline.training.context import process_group
 
 Report = Callable[[int, float], None]
 
@@ -52,7 +53,37 @@ class TrialInputs:
     provenance: Mapping[str, Any]
 
 
-def run_trial(inputs: TrialInputs, label: str, config: str, report: Report) -> None:
+class Team(Protocol):
+    """The other workers of a trial that has several."""
+
+    size: int
+
+    def beside(
+        self, function: Callable[..., None], argument: Any, emitter: Emitter
+    ) -> contextlib.AbstractContextManager[str]:
+        """Calls ``function(inputs, argument, rank, address, emitter)`` in each of them for the time of the block.
+
+        Yields the address at which rank 0 is to listen.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What the other workers of a trial are sent.
+
+    Attributes:
+        config: of the trial, as JSON.
+        place: its run folder, for the checkpoint to go on from.
+    """
+
+    config: str
+    spec: RunSpec
+    place: Path
+    world_size: int
+
+
+def run_trial(inputs: TrialInputs, label: str, config: str, report: Report, team: Team | None = None) -> None:
     """Trains a trial to its end, or as long as ``report`` returns; its run folder says what came of it.
 
     What our own errors say is kept in the run folder, for the same would happen again; any other is raised.
@@ -60,6 +91,7 @@ def run_trial(inputs: TrialInputs, label: str, config: str, report: Report) -> N
     Args:
         config: of the trial, as JSON.
         report: takes epoch and value of an evaluation; it raises SystemExit where the trial is to end.
+        team: none: this is the only worker.
     """
     parsed = build_config(json.loads(config), TRIAL_COMMAND)
     with open_run(TRIAL_COMMAND, parsed, provenance=lambda: inputs.provenance) as run, _own_process_state(parsed):
@@ -68,7 +100,7 @@ def run_trial(inputs: TrialInputs, label: str, config: str, report: Report) -> N
             run.set_status("running")
             journal.emit(Event("status", {"status": "running", "message": ""}))
             try:
-                _train(inputs, run, journal, report)
+                _train(inputs, run, journal, report, team)
             except PipelineError as error:
                 run.write_result("failed", {}, exit_code=1, error=error.message)
                 journal.emit(Event("status", {"status": "failed", "message": error.message}))
@@ -78,25 +110,11 @@ def run_trial(inputs: TrialInputs, label: str, config: str, report: Report) -> N
     report(parsed.train.epochs, result["last_value"])
 
 
-def _train(inputs: TrialInputs, run: Run, journal: Journal, report: Report) -> None:
+def _train(inputs: TrialInputs, run: Run, journal: Journal, report: Report, team: Team | None) -> None:
     config = run.config
     work = plan_work(run, inputs.source, inputs.teacher, inputs.reader)
     skipped = SkippedRows(run.dir, journal)
     spec = work.spec(None if inputs.validation_logits is None else Path(inputs.validation_logits))
-    cached = None
-    if inputs.cache is not None and config.loss.needs_teacher:
-        logits, key = inputs.cache
-        cached = logits, make_decoder(config, key)
-    source = InProcessSource(
-        work.source,
-        work.reader,
-        work.planner,
-        config.data,
-        config.view_seed,
-        work.plan.num_blocks,
-        emitter=skipped,
-        cached=cached,
-    )
 
     def tell(metrics: Mapping[str, float]) -> None:
         step, plan = int(metrics["step"]), work.plan
@@ -105,9 +123,14 @@ def _train(inputs: TrialInputs, run: Run, journal: Journal, report: Report) -> N
         if step < plan.num_steps and plan.ends_epoch(step) and epoch % config.train.evaluate_every == 0:
             report(epoch, metrics[inputs.metric])
 
-    device = torch.device("cuda" if config.cluster.num_gpus_per_worker else "cpu")
-    context = LocalContext(run.dir / "checkpoints", journal, device, committed=tell)
-    state = train(build_job(spec, work.source, skipped), context, source)
+    world_size = 1 if team is None else team.size
+    context = LocalContext(run.dir / "checkpoints", journal, _device(config), committed=tell, world_size=world_size)
+    if team is None:
+        state = _train_worker(inputs, config, spec, context, skipped)
+    else:
+        part = _Part(config.model_dump_json(), spec, run.dir, world_size)
+        with team.beside(_train_beside, part, skipped) as address, process_group(context, address):
+            state = _train_worker(inputs, config, spec, context, skipped)
     best = state.best
     if best is None:
         raise TrainingError("training ended without an evaluated checkpoint")
@@ -120,6 +143,45 @@ def _train(inputs: TrialInputs, run: Run, journal: Journal, report: Report) -> N
         "last_value": state.last_metrics[inputs.metric],
     }
     run.write_result("finished", best.metrics, extra)
+
+
+def _train_beside(inputs: TrialInputs, part: _Part, rank: int, address: str, emitter: Emitter) -> None:
+    """A worker that is not rank 0."""
+    config = build_config(json.loads(part.config), TRIAL_COMMAND)
+    context = LocalContext(part.place / "checkpoints", emitter, _device(config), rank=rank, world_size=part.world_size)
+    with _own_process_state(config), process_group(context, address):
+        _train_worker(inputs, config, part.spec, context, emitter)
+
+
+def _train_worker(
+    inputs: TrialInputs, config: Config, spec: RunSpec, context: LocalContext, emitter: Emitter
+) -> TrainState:
+    """Trains this worker's share.
+
+    Args:
+        emitter: is told of rows that are skipped.
+    """
+    cached = None
+    if inputs.cache is not None and config.loss.needs_teacher:
+        logits, key = inputs.cache
+        cached = logits, make_decoder(config, key)
+    source = InProcessSource(
+        inputs.source,
+        inputs.reader,
+        make_planner(config.data, inputs.reader, config.train, config.run.seed),
+        config.data,
+        config.view_seed,
+        spec.plan.num_blocks,
+        emitter=emitter,
+        cached=cached,
+        rank=context.rank,
+        world_size=context.world_size,
+    )
+    return train(build_job(spec, inputs.source, emitter), context, source)
+
+
+def _device(config: Config) -> torch.device:
+    return torch.device("cuda" if config.cluster.num_gpus_per_worker else "cpu")
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Training and evaluation loops: pure torch, no knowledge of Ray or of the tracker."""
 
-from pipeline.training.context import BatchSource, Block, LocalContext, WorkerContext, check_block, find_local
+from pipeline.training.context import BatchSource, Block, LocalContext, Worker, WorkerContext, check_block, find_local
 from pipeline.training.job import (
     EvaluationSpec,
     FillHere,
@@ -40,6 +40,7 @@ __all__ = [
     "TrainJob",
     "TrainParams",
     "TrainState",
+    "Worker",
     "WorkerContext",
     "build_job",
     "check_block",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -82,28 +83,58 @@ class WorkerContext(Protocol):
         ...
 
 
-class Alone:
-    """The one worker there is: sums over workers are what they are."""
+class Worker:
+    """The only worker, or one of those that a process group of ``torch.distributed`` connects."""
 
-    rank = 0
-    world_size = 1
+    def __init__(self, device: torch.device, rank: int = 0, world_size: int = 1) -> None:
+        self.device, self.rank, self.world_size = device, rank, world_size
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def wrap(self, network: nn.Module) -> nn.Module:
+        if self.world_size == 1:
+            return network
+        from torch.nn.parallel import DistributedDataParallel
+
+        devices = [self.device] if self.device.type == "cuda" else None
+        # Each worker's blocks are BatchNorm's groups; its statistics are averaged before they are used.
+        return DistributedDataParallel(network, device_ids=devices, forward_sync_buffers=False)
 
     def sum_over_workers(self, values: Tensor) -> Tensor:
+        if self.world_size > 1:
+            torch.distributed.all_reduce(values)
         return values
 
 
-class LocalContext(Alone):
-    """One worker in the calling process; checkpoints under ``folder``/last, replaced atomically.
+@contextmanager
+def process_group(worker: Worker, address: str) -> Iterator[None]:
+    """Connects several workers for the time of the block.
+
+    Args:
+        address: ``host:port`` at which rank 0 listens meanwhile.
+    """
+    torch.distributed.init_process_group(
+        "nccl" if worker.device.type == "cuda" else "gloo",
+        init_method=f"tcp://{address}",
+        rank=worker.rank,
+        world_size=worker.world_size,
+    )
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class LocalContext(Worker):
+    """A worker whose checkpoints lie under ``folder``/last, replaced atomically.
+
+    What ``committed`` raises on rank 0 ends all workers at the same step, the others by SystemExit.
 
     Args:
         folder: where checkpoints live; it may hold one to go on from.
         emitter: takes the events.
         device: where to train; by default the first GPU, else the CPU.
         start_from: a checkpoint kept elsewhere, which counts if it is further than those in ``folder``.
-        committed: is told the metrics of every checkpoint; none: nobody is.
+        committed: is told the metrics of every checkpoint, on rank 0; none: nobody is.
+        rank, world_size: of several workers, which are in a process group.
     """
 
     def __init__(
@@ -113,8 +144,11 @@ class LocalContext(Alone):
         device: torch.device | None = None,
         start_from: Path | None = None,
         committed: Callable[[Mapping[str, float]], None] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        super().__init__(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        default = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        super().__init__(device or default, rank, world_size)
         self._folder = folder
         self._emitter = emitter
         self._start_from = start_from
@@ -123,12 +157,20 @@ class LocalContext(Alone):
     def resume_folder(self) -> Path | None:
         return find_furthest([find_local(self._folder), self._start_from])
 
-    def wrap(self, network: nn.Module) -> nn.Module:
-        return network
-
     def commit(self, folder: Path | None, metrics: dict[str, float]) -> None:
+        raised: BaseException | None = None
+        if self.rank == 0:
+            try:
+                self._keep(folder, metrics)
+            except BaseException as error:  # SystemExit too: the others wait for this one
+                raised = error
+        ending = torch.tensor(float(raised is not None), device=self.device)
+        if self.sum_over_workers(ending).item():
+            raise raised or SystemExit(0)
+
+    def _keep(self, folder: Path | None, metrics: dict[str, float]) -> None:
         if folder is None:
-            raise ValueError("the only worker must bring the checkpoint")
+            raise ValueError("rank 0 must bring the checkpoint")
         incoming, last, previous = (self._folder / name for name in ("incoming", "last", "previous"))
         with explain_writing(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -145,7 +187,8 @@ class LocalContext(Alone):
             self._committed(metrics)
 
     def emit(self, event: Event) -> None:
-        self._emitter.emit(event)
+        if self.rank == 0:
+            self._emitter.emit(event)
 
 
 def find_local(folder: Path) -> Path | None:

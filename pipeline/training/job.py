@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Literal, TypedDict
 
@@ -42,7 +43,7 @@ from pipeline.errors import ConfigError
 from pipeline.evaluation import EvaluationParams
 from pipeline.losses import LossParams, Objective
 from pipeline.models import ModelParams, Teacher, build_classifier, load_initial_weights, load_weights
-from pipeline.training.context import Alone, Block
+from pipeline.training.context import Block, Worker
 from pipeline.training.loop import TrainJob
 from pipeline.training.params import TrainParams
 from pipeline.training.plan import RunPlan
@@ -138,7 +139,7 @@ def evaluate_weights(job: EvaluationSpec) -> Evaluation:
     load_weights(classifier.network, Path(job.weights))
     logits = None if job.logits is None else load_logits(Path(job.logits))
     rows = EvaluationSet(job.spec, job.decoder, job.reader, job.split, job.evaluation, logits, job.emitter)
-    return rows.evaluate(classifier.to(device), Alone(device), autocast=job.precision == "bf16")
+    return rows.evaluate(classifier.to(device), Worker(device), autocast=job.precision == "bf16")
 
 
 def compute_logits(teacher: Teacher, decoder: Decoder, reader: SplitReader, batch_size: int) -> np.ndarray:
@@ -175,6 +176,7 @@ class InProcessSource:
         emitter: is told of rows that are skipped.
         cached: reads logits out of a cache, and decodes them.
         fill: keeps what the teacher says, and turns it into a cache.
+        rank, world_size: of several workers; each has the blocks from its rank on, in steps of their number.
     """
 
     def __init__(
@@ -189,7 +191,10 @@ class InProcessSource:
         emitter: Emitter | None = None,
         cached: tuple[LogitsReader, LogitsDecoder] | None = None,
         fill: FillHere | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
+        self._rank, self._world_size = rank, world_size
         self._fill = fill
         self._cached: LogitsReader | None = None
         self._logits_decoder: LogitsDecoder | None = None
@@ -201,9 +206,9 @@ class InProcessSource:
         self._on_bad = partial(report_bad_rows, emitter, "train")
 
     def blocks(self, start: int) -> Iterator[Block]:
-        """Blocks ``start`` to the end; see ``BatchSource``."""
+        """This worker's blocks from ``start`` to the end; see ``BatchSource``."""
         augment, seed = self._data.augment, self._seed
-        for plan in self._planner.blocks(start, self._stop):
+        for plan in islice(self._planner.blocks(start, self._stop), self._rank, None, self._world_size):
             if self._fill is not None and self._cached is None and plan.position >= self._fill.end:
                 self._cached, self._logits_decoder = self._fill.seal()
             table = read_blocks(self._reader, [plan], augment, seed, self._cached)

@@ -15,6 +15,7 @@ import urllib.parse
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -27,6 +28,7 @@ from pipeline.models import build_classifier
 from pipeline.models.mlp import MLPParams
 from pipeline.stages.search_board import read_trials
 from tests.integration.commands import events_of, mlflow_client, read_result
+from tests.integration.conftest import FAKE_ACCELERATOR
 from tests.integration.mlflow_server import Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -224,6 +226,54 @@ def test_a_trial_whose_process_is_lost_goes_on(common: tuple[Path, list[str]]) -
     assert len(starts) == 2
     assert starts[1] > starts[0] == 0
     assert [epoch for epoch, _ in lost.curve] == list(range(1, 41))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_trials_of_two_workers(common: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """There is room for one at a time: what is stopped early, or loses a worker, gives back what it held."""
+    search = common[0] / "two-workers"
+    space = tmp_path / "rates.yaml"
+    rates = "[0.05, 1.0e-6, 2.0e-6, 3.0e-6]"
+    space.write_text(f"space: {{train: {{optimizer: {{lr: {{distribution: choice, options: {rates}}}}}}}}}")
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        deadline = time.monotonic() + WAIT_S
+        while not killed and time.monotonic() < deadline:
+            if any(trial.state == "running" and len(trial.curve) > 1 for trial in read_trials(search)):
+                (member,) = (child for child in psutil.Process().children(recursive=True) if _is_member(child))
+                member.kill()
+                killed.append(member.pid)
+            time.sleep(0.02)  # between two polls
+
+    thread = threading.Thread(target=kill_one)
+    thread.start()
+    options = [
+        "search.searcher=grid",
+        "cluster.num_workers=2",
+        f"cluster.resources_per_worker={{{FAKE_ACCELERATOR}:2}}",
+    ]
+    confirm = ["search.confirm.top=1", "search.confirm.seeds=1", "train.epochs=30", "train.num_threads=1"]
+    assert main(["search", *common[1], f"search={space}", *options, *confirm, f"run.dir={search}"]) == 0
+    thread.join()
+    assert killed
+
+    trials = {trial.label: trial for trial in read_trials(search)}
+    assert sum(trial.retries for trial in trials.values()) == 1
+    assert [trials[f"{number:04d}"].state for number in range(4)] == ["finished", "pruned", "pruned", "pruned"]
+
+    # Two workers with a block each take the steps of one with two blocks.
+    alone = ["distill", *common[1][: -len(CONFIRM)], "teacher.source=cached", "cluster=inprocess", "train.epochs=30"]
+    assert main([*alone, "train.blocks_per_step=2", "evaluation.test=false", f"run.dir={tmp_path / 'alone'}"]) == 0
+    expected, found = weights(tmp_path / "alone"), weights(search / "trials" / "0000")
+    assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in expected)
+
+
+def _is_member(process: psutil.Process) -> bool:
+    try:
+        return process.name().startswith("ray::_Member")
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.mark.bench  # four minutes

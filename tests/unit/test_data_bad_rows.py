@@ -26,7 +26,7 @@ from pipeline.errors import DataError
 from pipeline.evaluation import EvaluationParams
 from pipeline.stages.skipped import SkippedRows
 from pipeline.training import EvaluationSet
-from pipeline.training.context import Alone
+from pipeline.training.context import Worker
 
 RGB = np.random.default_rng(0).integers(0, 256, (20, 6, 5, 3), dtype=np.uint8)
 LABELS = np.arange(20) % 3
@@ -223,7 +223,7 @@ def test_metrics_leave_bad_rows_out(damaged: Path, batch_size: int) -> None:
         teacher_logits,
         Recorder(),
     )
-    result = rows.evaluate(Flat(), Alone(torch.device("cpu"))).metrics
+    result = rows.evaluate(Flat(), Worker(torch.device("cpu"))).metrics
     good = [0, 1, 3, 4, 5]
     logits = RGB[good].transpose(0, 3, 1, 2).reshape(5, -1)[:, :3].astype(float)
     assert result["val/num_rows"] == 5
@@ -232,7 +232,7 @@ def test_metrics_leave_bad_rows_out(damaged: Path, batch_size: int) -> None:
     (event,) = events
     assert list(event.data["bad_rows"]) == ["2"]
     assert event.data["split"] == "validation"
-    assert rows.evaluate(Flat(), Alone(torch.device("cpu"))).metrics == result
+    assert rows.evaluate(Flat(), Worker(torch.device("cpu"))).metrics == result
 
 
 def test_ranks_mark_their_bad_rows(damaged: Path) -> None:

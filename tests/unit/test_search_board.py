@@ -133,6 +133,16 @@ def test_the_best_are_confirmed_once_every_trial_is_over(tmp_path: Path) -> None
     assert len(bench.chosen_from) == 1
 
 
+def test_a_trial_that_was_not_begun_is_given_out_again(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    first = bench.board.next_trial()
+    assert isinstance(first, TrialTask)
+    bench.board.returned(first.label)
+    assert bench.board.next_trial() == first
+    assert [trial.state for trial in read_trials(tmp_path)] == ["waiting"]
+    assert bench.over == []
+
+
 def test_a_trial_that_was_given_out_counts_as_running(tmp_path: Path) -> None:
     bench = Bench(tmp_path, num_drawn=1)
     bench.board.next_trial()

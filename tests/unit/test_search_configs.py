@@ -140,7 +140,6 @@ def test_the_space_is_changed_on_the_command_line() -> None:
         ([KD, "search.metric=val/nll", "search.mode=max"], ["search.mode: expected min, which is better for val/nll"]),
         ([KD, "search.searcher=grid"], ["search.num_trials: expected at least 25, the points of the grid, got 16"]),
         ([KD, "cluster=inprocess"], ["cluster.name: trials run on Ray, but cluster=inprocess; use cluster=ray"]),
-        ([KD, "cluster.num_workers=2"], ["cluster.num_workers: a trial trains in one process, so expected 1, got 2"]),
         ([KD, "teacher.source=online"], ["teacher.source: a trial never asks the teacher, so expected cached"]),
         (["search=ptloss"], ["loss.perturbation.0: there is no loss.perturbation"]),
         (["search=ptloss", "loss=ptloss", "loss.perturbation=[0,0]"], [

@@ -84,9 +84,9 @@ def _(place: Place) -> list[str]:
     return search(place, "cluster=inprocess")
 
 
-@mistake("trials of several workers")
+@mistake("trials of more workers than the cluster holds")
 def _(place: Place) -> list[str]:
-    return search(place, "cluster.num_workers=2")
+    return search(place, "cluster.num_workers=9")
 
 
 @mistake("trials that ask the teacher")
