@@ -7,6 +7,7 @@ resumed are the same case: the journal is replayed from where the reader got to.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -108,8 +109,20 @@ class Journal:
         _drop_torn_line(path)
 
     def emit(self, event: Event) -> None:
-        with self._lock, self.path.open("a", encoding="utf-8") as file:
-            file.write(event.to_json() + "\n")
+        """Appends a line, or nothing at all: on a disk that is full, the start of one is taken back.
+
+        Raises:
+            OSError: as the disk says.
+        """
+        line = (event.to_json() + "\n").encode()
+        with self._lock, self.path.open("ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            except OSError:
+                file.truncate(end)
+                raise
 
 
 def read_events(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:

@@ -102,10 +102,12 @@ class RunSession:
         """Records a failure; returns the exit code."""
         message = error.message if isinstance(error, PipelineError) else f"{type(error).__name__}: {error}"
         code = 2 if isinstance(error, PipelineError) and not self.began else 1
-        self.journal.emit(Event("status", {"status": "failed", "message": message}))
+        with contextlib.suppress(OSError):  # a disk that is full must not hide what happened
+            self.journal.emit(Event("status", {"status": "failed", "message": message}))
         self._tracker.close(5.0)
         self._close_view()
-        self.run.write_result("failed", {}, exit_code=code, error=message)
+        with contextlib.suppress(OSError):
+            self.run.write_result("failed", {}, exit_code=code, error=message)
         return code
 
     def kill(self, code: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -82,13 +84,27 @@ def tell(story: Story[WorkT], request: Request, defaults: Sequence[str] = ()) ->
         try:
             run_interruptibly(lambda: _carry_out(story, work, session), session.kill)
         except Exception as error:
-            code = session.fail(error)
+            explained = _explain_full_disk(error, run)
+            code = session.fail(explained)
             print(run.result_path)
-            if isinstance(error, PipelineError):
-                error.details["exit_code"] = code
-            raise
+            if isinstance(explained, PipelineError):
+                explained.details["exit_code"] = code
+            if explained is error:
+                raise
+            raise explained from error
         story.show(run)
     return 0
+
+
+def _explain_full_disk(error: Exception, run: Run) -> Exception:
+    """The sentence for a disk that is full; any other error as it is."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return error
+    what = error.filename or run.dir
+    return RunError(
+        f"{what} cannot be written ({os.strerror(error.errno)}); make room, then go on with {run.resume_command}: what "
+        "the run saved before is whole"
+    )
 
 
 def _describe_dataset(source: DataSource, run: Run) -> dict[str, Any]:

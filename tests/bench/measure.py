@@ -33,6 +33,7 @@ SECTIONS = (
     "gaussian_scores",
     "selection",
     "search",
+    "search-gain",
 )
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 

@@ -1,9 +1,10 @@
 """What one pass of the teacher saves a search.
 
-    python -m tests.bench.search [--rounds 5]
+    python -m tests.bench.search [--rounds 5] [--keep runs/bench-search.json]
 
-Run from the root of the repository, on a machine that does nothing else; a round takes a quarter of an hour. Prints its
-figures and replaces its part of tests/bench/RESULTS.md.
+Run from the root of the repository, on a machine that does nothing else; a round takes twenty minutes. What each round
+measured is kept, so the command may be interrupted, and goes on with the rounds that are missing. Prints its figures
+and replaces its part of tests/bench/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from pipeline.contracts.events import Event, read_events
 from pipeline.stages.search_board import read_trials, trial_folder
 from tests.bench.cache_epochs import BATCH_SIZE, data_settings, train_plainly
 from tests.bench.cache_total import TEACHER, time_teacher
-from tests.bench.measure import Series, say, table, verdict, write_section
+from tests.bench.measure import Series, ratio, say, table, verdict, write_section
 from tests.bench.workload import STUDENT_WIDTH, write_checkpoint, write_images
 
 CONCURRENT = 2
@@ -33,17 +34,24 @@ VIEWS = 1
 PLAIN_STEPS = 20
 
 
-@dataclass
-class _Times:
-    """Seconds of each round."""
+@dataclass(frozen=True)
+class _Round:
+    """What one round measured, in seconds.
 
-    teacher: Series = field(default_factory=Series)  # us a sample
-    student: Series = field(default_factory=Series)
-    documented_wall: Series = field(default_factory=Series)
-    documented_train: Series = field(default_factory=Series)
-    wall: Series = field(default_factory=Series)
-    train: Series = field(default_factory=Series)
-    gaps: list[float] = field(default_factory=list)
+    Attributes:
+        teacher_us, student_us: t and s, microseconds a sample.
+        gaps: from a trial's end to the next one's first step.
+        waits: parts of the search's wall time that are no training.
+    """
+
+    teacher_us: float
+    student_us: float
+    documented_wall: float
+    documented_train: float
+    wall: float
+    train: float
+    gaps: list[float]
+    waits: dict[str, float]
 
 
 def main() -> None:
@@ -51,10 +59,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=2_560)
     parser.add_argument("--trials", type=int, default=16)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--keep", type=Path, default=Path("runs/bench-search.json"), help="file of the rounds")
     arguments = parser.parse_args()
-    rows, trials, epochs = arguments.rows, arguments.trials, arguments.epochs
-    times = _Times()
+    rows, trials, epochs, keep = arguments.rows, arguments.trials, arguments.epochs, arguments.keep
+    size = {"rows": rows, "trials": trials, "epochs": epochs}
+    kept = json.loads(keep.read_text()) if keep.exists() else {}
+    rounds = [_Round(**values) for values in kept["rounds"]] if kept.get("size") == size else []
     with (
         tempfile.TemporaryDirectory(prefix="bench-") as name,
         ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process,
@@ -62,19 +73,22 @@ def main() -> None:
         folder = Path(name)
         write_images(folder / "data", rows, BATCH_SIZE)
         write_checkpoint(folder / "teacher.safetensors", TEACHER)
-        for index in range(arguments.rounds):
+        for index in range(len(rounds), arguments.rounds):
             with say(f"round {index + 1}: t and s"):
-                times.teacher.add(1e6 / time_teacher(folder, PLAIN_STEPS, threads=1))
-                plain = process.submit(train_plainly, folder / "data", 1, PLAIN_STEPS)
-                times.student.add(1e6 / plain.result()[0])
+                teacher = 1e6 / time_teacher(folder, PLAIN_STEPS, threads=1)
+                student = 1e6 / process.submit(train_plainly, folder / "data", 1, PLAIN_STEPS).result()[0]
             with say(f"round {index + 1}: a TorchTrainer for each trial"):
-                _run_documented(folder, trials, epochs, times)
+                documented = _run_documented(folder, trials, epochs)
             with say(f"round {index + 1}: search"):
-                _run_search(folder, f"search-{index}", trials, epochs, times)
-    write_section("search", _report(rows, trials, epochs, times))
+                searched = _run_search(folder, f"search-{index}", trials, epochs)
+            rounds.append(_Round(teacher, student, *documented, *searched))
+            keep.parent.mkdir(parents=True, exist_ok=True)
+            keep.write_text(json.dumps({"size": size, "rounds": [asdict(one) for one in rounds]}))
+    write_section("search", _report(rows, trials, epochs, rounds))
 
 
-def _run_documented(folder: Path, trials: int, epochs: int, times: _Times) -> None:
+def _run_documented(folder: Path, trials: int, epochs: int) -> tuple[float, float]:
+    """Seconds of the whole command, and of training in all trials."""
     command = [
         "tests.bench.search_baseline", "--data", str(folder / "data"), "--checkpoint",
         str(folder / "teacher.safetensors"), "--teacher", TEACHER, "--student-width", str(STUDENT_WIDTH),
@@ -85,12 +99,17 @@ def _run_documented(folder: Path, trials: int, epochs: int, times: _Times) -> No
     ended = subprocess.run([sys.executable, "-m", *command], text=True, capture_output=True, check=False)
     if ended.returncode:
         raise SystemExit(ended.stderr[-3000:])
-    times.documented_wall.add(time.time() - began)
-    times.documented_train.add(sum(json.loads(ended.stdout.splitlines()[-1])["train_s"]))
+    return time.time() - began, sum(json.loads(ended.stdout.splitlines()[-1])["train_s"])
 
 
-def _run_search(folder: Path, name: str, trials: int, epochs: int, times: _Times) -> None:
-    """The command as a user types it; what confirms its best trials, which the other way lacks, is left out."""
+def _run_search(
+    folder: Path, name: str, trials: int, epochs: int
+) -> tuple[float, float, list[float], dict[str, float]]:
+    """The command as a user types it; what confirms its best trials, which the other way lacks, is left out.
+
+    Returns:
+        seconds of the whole command; of the teacher and of training in all trials; ``gaps`` and ``waits``.
+    """
     run_dir = folder / "runs" / name
     run_dir.parent.mkdir(exist_ok=True)
     command = [
@@ -105,18 +124,30 @@ def _run_search(folder: Path, name: str, trials: int, epochs: int, times: _Times
     began = time.time()
     with (folder / f"{name}.txt").open("w") as file:
         subprocess.run([sys.executable, "-m", *command], stdout=file, stderr=file, check=True)
-    wall = time.time() - began
+    return read_search(run_dir, began, time.time())
+
+
+def read_search(run_dir: Path, began: float, ended: float) -> tuple[float, float, list[float], dict[str, float]]:
+    """See ``_run_search``; of a search that ran from ``began`` to ``ended``."""
     stages = {
         (event.data["name"], event.data["state"]): event.time
         for event, _ in read_events(run_dir / "events.jsonl")
         if event.kind == "stage"
     }
-    times.wall.add(wall - (stages["confirm", "finished"] - stages["confirm", "started"]))
+    wall = ended - began - (stages["confirm", "finished"] - stages["confirm", "started"])
     own = [trial for trial in read_trials(run_dir) if not trial.confirms]
     journals = {trial.label: _read(trial_folder(run_dir, trial.label)) for trial in own}
     trained = sum(events[-1].time - events[0].time for events in journals.values())
-    times.train.add(stages["logits", "finished"] - stages["logits", "started"] + trained)
-    times.gaps += _gaps(run_dir, journals)
+    first_step = min(event.time for events in journals.values() for event in events if event.kind == "step")
+    waits = {
+        "imports": stages["ray", "started"] - began,
+        "Ray": stages["ray", "finished"] - stages["ray", "started"],
+        "the teacher's logits, its pool's start included": stages["search", "started"] - stages["ray", "finished"],
+        "to the first step of a trial": first_step - stages["search", "started"],
+        "after the last run": ended - stages["confirm", "finished"],
+    }
+    teacher = stages["logits", "finished"] - stages["logits", "started"]
+    return wall, teacher + trained, list(_gaps(run_dir, journals)), waits
 
 
 def _read(folder: Path) -> list[Event]:
@@ -136,26 +167,26 @@ def _gaps(run_dir: Path, journals: dict[str, list[Event]]) -> Iterator[float]:
             yield next(event.time for event in after if event.kind == "step") - ended
 
 
-def _report(rows: int, trials: int, epochs: int, times: _Times) -> str:
-    allowed = Series(
-        [
-            trials * epochs * (t + s) / (VIEWS * t + trials * epochs * s)
-            for t, s in zip(times.teacher.values, times.student.values, strict=True)
-        ]
-    )
-    train = Series([a / b for a, b in zip(times.documented_train.values, times.train.values, strict=True)])
-    share = Series([a / b for a, b in zip(train.values, allowed.values, strict=True)])
-    wall = Series([a / b for a, b in zip(times.documented_wall.values, times.wall.values, strict=True)])
-    starts = Series(
-        [
-            1 - trained / CONCURRENT / whole
-            for trained, whole in zip(times.documented_train.values, times.documented_wall.values, strict=True)
-        ]
-    )
-    gaps = Series(times.gaps)
+def _report(rows: int, trials: int, epochs: int, rounds: list[_Round]) -> str:
+    def over_rounds(value: Callable[[_Round], float]) -> Series:
+        return Series([value(one) for one in rounds])
+
+    def allow(one: _Round) -> float:
+        t, s = one.teacher_us, one.student_us
+        return trials * epochs * (t + s) / (VIEWS * t + trials * epochs * s)
+
+    documented_train, documented_wall = (
+        over_rounds(lambda one: one.documented_train), over_rounds(lambda one: one.documented_wall),
+    )  # fmt: skip
+    own_train, own_wall = over_rounds(lambda one: one.train), over_rounds(lambda one: one.wall)
+    allowed, train, wall = over_rounds(allow), ratio(documented_train, own_train), ratio(documented_wall, own_wall)
+    share = ratio(train, allowed)
+    starts = over_rounds(lambda one: 1 - one.documented_train / CONCURRENT / one.documented_wall)
+    gaps = Series([gap for one in rounds for gap in one.gaps])
+    waits = [f"{name} {over_rounds(lambda one, name=name: one.waits[name]).show()}" for name in rounds[0].waits]
     body = [
-        ["a TorchTrainer for each trial", times.documented_train.show(), times.documented_wall.show()],
-        ["search", times.train.show(), times.wall.show()],
+        ["a TorchTrainer for each trial", documented_train.show(), documented_wall.show()],
+        ["search", own_train.show(), own_wall.show()],
     ]
     return "\n\n".join(
         [
@@ -163,15 +194,17 @@ def _report(rows: int, trials: int, epochs: int, times: _Times) -> str:
             f"thread each, {TEACHER} and small_cnn(width={STUDENT_WIDTH}), blocks of {BATCH_SIZE}, {VIEWS} view. The "
             "trials of Ray's documentation: a function that makes a TorchTrainer of one worker, which asks the teacher "
             "inline. The search: the command, its cache built first, none stopped early; confirming its best is left "
-            "out. Median and range over the rounds.",
-            f"t, the teacher's forward pass: {times.teacher.show()} us a sample; s, an epoch without a teacher: "
-            f"{times.student.show()}. Arithmetic allows N E (t + s) / (V t + N E s) = {allowed.show(2)}.",
+            f"out. Median and range over {len(rounds)} rounds.",
+            f"t, the teacher's forward pass: {over_rounds(lambda one: one.teacher_us).show()} us a sample; s, an epoch "
+            f"without a teacher: {over_rounds(lambda one: one.student_us).show()}. "
+            f"Arithmetic allows N E (t + s) / (V t + N E s) = {allowed.show(2)}.",
             table(("", "training s, sum over trials", "wall s, all starts"), body),
             f"Training: {train.show(2)} times less, {share.show(2)} of what arithmetic allows, at least 0.85: "
             f"{verdict(share.median >= 0.85)}. Wall: {wall.show(2)} times less, at least 4: "
             f"{verdict(wall.median >= 4)}; starts are {starts.show(2)} of the other's wall time (under a third: "
             f"{verdict(starts.median < 1 / 3)}). From a trial's end to the next one's first step in the process: "
             f"{gaps.show(2)} s, under 2 s: {verdict(gaps.median < 2)}.",
+            f"Seconds of the search's wall time in which no trial trains: {'; '.join(waits)}.",
         ]
     )
 
