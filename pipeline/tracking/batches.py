@@ -130,9 +130,10 @@ def _translate_status(batch: Batch, event: Event) -> None:
     status = STATUSES.get(event.data.get("status", ""))
     if status:
         batch.status = (status, int(event.time * 1000))
-    for name, tag in (("message", "status_message"), ("outcome", "outcome")):
-        if event.data.get(name):
-            batch.tags[tag] = str(event.data[name])
+        # Never left as it is: what an earlier start failed of says nothing about a run that was gone on with.
+        batch.tags["status_message"] = str(event.data.get("message") or event.data["status"])
+    if event.data.get("outcome"):
+        batch.tags["outcome"] = str(event.data["outcome"])
 
 
 def _translate_plan(batch: Batch, event: Event) -> None:

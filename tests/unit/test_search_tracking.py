@@ -89,7 +89,7 @@ def test_each_trial_has_a_run_below_the_search(search: Run) -> None:
         for name, run in children.items()
     }
     assert found == {
-        "s/0000": ("FINISHED", "finished", None),
+        "s/0000": ("FINISHED", "finished", "finished"),
         "s/0001": ("FINISHED", "pruned", "stopped early after 2 epochs"),
         "s/0002": ("FAILED", "failed", "loss: it is not finite"),
     }

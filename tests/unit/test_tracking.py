@@ -240,6 +240,17 @@ def test_status_of_the_run(status: str, expected: str, uri: str, run_dir: Path) 
     assert run.data.tags["mlflow.parentRunId"] == "f" * 32
 
 
+def test_a_run_that_was_gone_on_with_does_not_say_what_it_failed_of(uri: str, run_dir: Path) -> None:
+    journal = Journal(run_dir / "events.jsonl")
+    journal.emit(Event("status", {"status": "failed", "message": "the disk is full"}))
+    sent = send(uri, run_dir)
+    for status in ("running", "finished"):
+        journal.emit(Event("status", {"status": status, "message": ""}))
+    assert send(uri, run_dir).run_id == sent.run_id
+    run = mlflow_client(uri).get_run(sent.run_id)
+    assert (run.info.status, run.data.tags["status_message"]) == ("FINISHED", "finished")
+
+
 def test_model_can_be_loaded_and_asked(uri: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
