@@ -27,7 +27,7 @@ from pipeline.data.gaussians import GaussiansParams
 from pipeline.models import build_classifier
 from pipeline.models.mlp import MLPParams
 from pipeline.stages.search_board import read_trials
-from tests.integration.commands import events_of, mlflow_client, read_result
+from tests.integration.commands import events_of, mlflow_client, read_result, wait_until
 from tests.integration.conftest import FAKE_ACCELERATOR
 from tests.integration.mlflow_server import Server
 
@@ -66,9 +66,9 @@ def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def children(search: Path) -> list[Any]:
+def children(search: Path, client: Any = None) -> list[Any]:
     """The tracker's runs of a search's trials."""
-    client = mlflow_client(f"sqlite:///{search.parent / 'mlflow.db'}")
+    client = client or mlflow_client(f"sqlite:///{search.parent / 'mlflow.db'}")
     parent = read_run_id(search)
     experiment = client.get_experiment_by_name("distillation").experiment_id
     return client.search_runs([experiment], f"tags.mlflow.parentRunId = '{parent}'", max_results=1000)
@@ -172,6 +172,38 @@ def test_the_pages_of_a_search(failing: Path) -> None:
             assert [text for text in texts if text not in page] == [], path
     finally:
         server.kill()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_search_whose_tracking_server_goes_away(
+    common: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It comes to its end without, and what the server lacks is sent by the next look at the search."""
+    search, server = tmp_path / "search", Server(tmp_path)
+    server.start()
+
+    def kill_server() -> None:
+        wait_until(lambda: any(trial.curve for trial in read_trials(search)), lambda: "no trial began")
+        server.kill()
+
+    thread = threading.Thread(target=kill_server)
+    thread.start()
+    options = ["search=temperature", "search.num_trials=3", "search.scheduler=none", f"tracking.uri={server.uri}"]
+    confirm = ["search.confirm.top=1", "search.confirm.seeds=1"]
+    try:
+        assert main(["search", *common[1], *options, *confirm, f"run.dir={search}"]) == 0
+        thread.join()
+        assert read_result(search)["status"] == "finished"
+        assert "not everything was sent" in capsys.readouterr().out
+        server.start()
+        assert main(["search", f"resume={search}"]) == 0
+        runs = children(search, mlflow_client(server.uri))
+    finally:
+        server.kill()
+    trials = read_trials(search)
+    assert sorted(run.data.tags["trial"] for run in runs) == sorted(trial.label for trial in trials)
+    assert {(run.info.status, run.data.tags["outcome"]) for run in runs} == {("FINISHED", "finished")}
+    assert {run.data.metrics["val/top1"] for run in runs} == {trial.curve[-1][1] for trial in trials}
 
 
 def _open(browser: str, address: str, profile: Path) -> str:
