@@ -73,7 +73,7 @@ def measure(
 
 
 def train_plainly(
-    data: Path, num_views: int, steps: int, warmup: int = 4, student_width: int = STUDENT_WIDTH
+    data: Path, num_views: int, steps: int, warmup: int = 4, threads: int = THREADS
 ) -> tuple[float, float]:
     """A plain PyTorch loop that has the teacher's logits of every view in memory, for a process of its own.
 
@@ -90,13 +90,13 @@ def train_plainly(
     from pipeline.losses.kd import kl_divergence
     from pipeline.models import MODELS, build_classifier
 
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     params = ParquetParams(path=str(data), augment=AugmentParams(crop_padding=4, flip=True))
     source = params.open()
     reader, decoder = source.load("train"), source.decoder("train")
     planner = BlockPlanner(EpochOrder(reader, 0, None), reader.num_rows, BATCH_SIZE, num_views)
-    values = {"name": "small_cnn", "width": student_width}
+    values = {"name": "small_cnn", "width": STUDENT_WIDTH}
     student = build_classifier(MODELS.entries()["small_cnn"].model_validate(values), source.spec).train()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     logits = torch.randn(num_views, reader.num_rows, source.spec.num_classes)  # what they say takes no time

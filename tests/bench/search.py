@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -39,7 +40,7 @@ class _Round:
     """What one round measured, in seconds.
 
     Attributes:
-        teacher_us, student_us: t and s, microseconds a sample.
+        teacher_us, student_us: t and s, microseconds a sample, beside another of its kind.
         gaps: from a trial's end to the next one's first step.
         waits: parts of the search's wall time that are no training.
     """
@@ -59,24 +60,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=2_560)
     parser.add_argument("--trials", type=int, default=16)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--keep", type=Path, default=Path("runs/bench-search.json"), help="file of the rounds")
     arguments = parser.parse_args()
     rows, trials, epochs, keep = arguments.rows, arguments.trials, arguments.epochs, arguments.keep
     size = {"rows": rows, "trials": trials, "epochs": epochs}
     kept = json.loads(keep.read_text()) if keep.exists() else {}
     rounds = [_Round(**values) for values in kept["rounds"]] if kept.get("size") == size else []
-    with (
-        tempfile.TemporaryDirectory(prefix="bench-") as name,
-        ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process,
-    ):
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
         write_images(folder / "data", rows, BATCH_SIZE)
         write_checkpoint(folder / "teacher.safetensors", TEACHER)
         for index in range(len(rounds), arguments.rounds):
             with say(f"round {index + 1}: t and s"):
-                teacher = 1e6 / time_teacher(folder, PLAIN_STEPS, threads=1)
-                student = 1e6 / process.submit(train_plainly, folder / "data", 1, PLAIN_STEPS).result()[0]
+                teacher, student = time_sample(folder)
             with say(f"round {index + 1}: a TorchTrainer for each trial"):
                 documented = _run_documented(folder, trials, epochs)
             with say(f"round {index + 1}: search"):
@@ -85,6 +82,18 @@ def main() -> None:
             keep.parent.mkdir(parents=True, exist_ok=True)
             keep.write_text(json.dumps({"size": size, "rounds": [asdict(one) for one in rounds]}))
     write_section("search", _report(rows, trials, epochs, rounds))
+
+
+def time_sample(folder: Path) -> tuple[float, float]:
+    """t and s in microseconds, of as many plain loops at a time as there are trials at a time."""
+    with ProcessPoolExecutor(CONCURRENT, mp_context=get_context("spawn")) as processes:
+        teachers = [processes.submit(time_teacher, folder, PLAIN_STEPS, 1) for _ in range(CONCURRENT)]
+        rates = [future.result() for future in teachers]
+        students = [
+            processes.submit(train_plainly, folder / "data", 1, PLAIN_STEPS, threads=1) for _ in range(CONCURRENT)
+        ]
+        student_rates = [future.result()[0] for future in students]
+    return 1e6 / statistics.mean(rates), 1e6 / statistics.mean(student_rates)
 
 
 def _run_documented(folder: Path, trials: int, epochs: int) -> tuple[float, float]:
@@ -196,7 +205,7 @@ def _report(rows: int, trials: int, epochs: int, rounds: list[_Round]) -> str:
             "inline. The search: the command, its cache built first, none stopped early; confirming its best is left "
             f"out. Median and range over {len(rounds)} rounds.",
             f"t, the teacher's forward pass: {over_rounds(lambda one: one.teacher_us).show()} us a sample; s, an epoch "
-            f"without a teacher: {over_rounds(lambda one: one.student_us).show()}. "
+            f"without a teacher, {CONCURRENT} at a time as well: {over_rounds(lambda one: one.student_us).show()}. "
             f"Arithmetic allows N E (t + s) / (V t + N E s) = {allowed.show(2)}.",
             table(("", "training s, sum over trials", "wall s, all starts"), body),
             f"Training: {train.show(2)} times less, {share.show(2)} of what arithmetic allows, at least 0.85: "
