@@ -118,6 +118,8 @@ def _log_to(path: Path) -> Iterator[None]:
     """Sends to ``path`` what Ray would put on the terminal: its logs here, and its processes' output."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
+    # Python would print a traceback for each line that a full disk does not take, and bury what the run has to say.
+    handler.handleError = lambda record: None  # type: ignore[method-assign]
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     # Importing them configures their loggers, so that comes before ours.
     import ray._private.worker as ray_worker

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import resource
 from pathlib import Path
 
 import pytest
 
+from pipeline.cli.main import main
 from pipeline.contracts.events import Event, Journal, read_events
 
 
@@ -25,3 +28,29 @@ def test_a_line_that_does_not_fit_is_taken_back(tmp_path: Path) -> None:
     assert journal.path.read_bytes() == before
     journal.emit(Event("warning", {"message": "after"}))
     assert [event.data["message"] for event, _ in read_events(journal.path)] == ["first", "after"]
+
+
+def test_a_run_on_a_disk_that_fills_up_says_so_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    emit = Journal.emit
+    full = False
+
+    def fill(journal: Journal, event: Event) -> None:
+        nonlocal full
+        full = full or event.kind == "evaluation"
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        emit(journal, event)
+
+    run_dir = tmp_path / "run"
+    teacher = ["train-teacher", "teacher=mlp", "teacher.hidden=[8]", "cluster=inprocess", "train.epochs=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "emit", fill)
+        assert main([*teacher, f"run.dir={run_dir}"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == (
+        f"RunError: {run_dir} cannot be written (No space left on device); make room, then go on with python -m "
+        f"pipeline train-teacher resume={run_dir}: what the run saved before is whole"
+    )
+    assert main(["train-teacher", f"resume={run_dir}"]) == 0
