@@ -160,7 +160,7 @@ class LiveView:
             ("stage", f"{state.stage} {state.stage_detail}".strip()),
             ("progress", self._position() if state.num_steps or state.step or state.rows else ""),
             ("trials", state.trials.count() if state.trials.phase else ""),
-            ("best so far", "" if state.trials.best is None else _describe_trial(state.trials.best)),
+            ("best so far", "" if state.trials.best is None else _describe_trial({**state.trials.best, "best": False})),
             ("speed", _join([*self._speed(), state.bottleneck])),
             ("time left", "" if left is None else format_duration(left)),
             ("losses", _join(_losses(state))),

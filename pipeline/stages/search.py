@@ -180,7 +180,8 @@ def _search(work: _Work, inputs: TrialInputs, session: RunSession, trackers: Tri
     """
     trials = {trial.label: trial for trial in read_trials(work.run.dir)}
     board = _make_board(work, inputs, session, trackers, trials)
-    session.say("search", detail=f"{board.total} trials, {sum(trial.is_over for trial in board.trials.values())} over")
+    over = sum(trial.is_over and not trial.confirms for trial in board.trials.values())
+    session.say("search", detail=f"{board.total} trials" + (f", {over} of them over" if over else ""))
     _run(work, inputs, session, board, past_trials(board.trials.values()))
     if board.must_stop():
         failed = board.failed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def conclude(
     _copy_model(trial_folder(run.dir, best.label) / "model", run.dir / "model")
     text = "\n".join(
         [
-            verdict,
+            textwrap.fill(verdict, 100, subsequent_indent="  ", break_long_words=False),
             f"its values: {describe_draw(winner.draw or {})}",
             f"its weights (seed {best.seed}, the best of its seeds on validation): {run.dir / 'model'}",
             f"train it again: {command}",
