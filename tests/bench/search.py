@@ -43,6 +43,8 @@ class _Round:
         teacher_us, student_us: t and s, microseconds a sample, beside another of its kind.
         gaps: from a trial's end to the next one's first step.
         waits: parts of the search's wall time that are no training.
+        note: what was particular about it.
+        rss_mb: resident memory of a process at the end of its first trial, and of its last.
     """
 
     teacher_us: float
@@ -53,6 +55,11 @@ class _Round:
     train: float
     gaps: list[float]
     waits: dict[str, float]
+    rss_mb: list[tuple[float, float]]
+    note: str = ""
+
+
+_Searched = tuple[float, float, list[float], dict[str, float], list[tuple[float, float]]]
 
 
 def main() -> None:
@@ -111,13 +118,11 @@ def _run_documented(folder: Path, trials: int, epochs: int) -> tuple[float, floa
     return time.time() - began, sum(json.loads(ended.stdout.splitlines()[-1])["train_s"])
 
 
-def _run_search(
-    folder: Path, name: str, trials: int, epochs: int
-) -> tuple[float, float, list[float], dict[str, float]]:
+def _run_search(folder: Path, name: str, trials: int, epochs: int) -> _Searched:
     """The command as a user types it; what confirms its best trials, which the other way lacks, is left out.
 
     Returns:
-        seconds of the whole command; of the teacher and of training in all trials; ``gaps`` and ``waits``.
+        seconds of the whole command; of the teacher and of training in all trials; ``gaps``, ``waits``, ``rss_mb``.
     """
     run_dir = folder / "runs" / name
     run_dir.parent.mkdir(exist_ok=True)
@@ -136,7 +141,7 @@ def _run_search(
     return read_search(run_dir, began, time.time())
 
 
-def read_search(run_dir: Path, began: float, ended: float) -> tuple[float, float, list[float], dict[str, float]]:
+def read_search(run_dir: Path, began: float, ended: float) -> _Searched:
     """See ``_run_search``; of a search that ran from ``began`` to ``ended``."""
     stages = {
         (event.data["name"], event.data["state"]): event.time
@@ -156,21 +161,31 @@ def read_search(run_dir: Path, began: float, ended: float) -> tuple[float, float
         "after the last run": ended - stages["confirm", "finished"],
     }
     teacher = stages["logits", "finished"] - stages["logits", "started"]
-    return wall, teacher + trained, list(_gaps(run_dir, journals)), waits
+    served = _by_process(run_dir, journals)
+    rss = [(_rss_mb(process[0]), _rss_mb(process[-1])) for process in served if len(process) > 1]
+    return wall, teacher + trained, list(_gaps(served)), waits, rss
 
 
 def _read(folder: Path) -> list[Event]:
     return [event for event, _ in read_events(folder / "events.jsonl")]
 
 
-def _gaps(run_dir: Path, journals: dict[str, list[Event]]) -> Iterator[float]:
-    """Seconds from the end of a trial to the first step of the next one in the same process."""
+def _by_process(run_dir: Path, journals: dict[str, list[Event]]) -> list[list[list[Event]]]:
+    """The trials of each process, in their order."""
     by_process: dict[int, list[list[Event]]] = {}
     for label, events in journals.items():
         pid = json.loads((trial_folder(run_dir, label) / "status.json").read_text())["pid"]
         by_process.setdefault(pid, []).append(events)
-    for served in by_process.values():
-        served.sort(key=lambda events: events[0].time)
+    return [sorted(served, key=lambda events: events[0].time) for served in by_process.values()]
+
+
+def _rss_mb(events: list[Event]) -> float:
+    return [event.data["rss_bytes"] for event in events if event.kind == "system"][-1] / 1e6
+
+
+def _gaps(processes: list[list[list[Event]]]) -> Iterator[float]:
+    """Seconds from the end of a trial to the first step of the next one in the same process."""
+    for served in processes:
         for before, after in itertools.pairwise(served):
             ended = max(event.time for event in before if event.kind == "status")
             yield next(event.time for event in after if event.kind == "step") - ended
@@ -192,6 +207,7 @@ def _report(rows: int, trials: int, epochs: int, rounds: list[_Round]) -> str:
     share = ratio(train, allowed)
     starts = over_rounds(lambda one: 1 - one.documented_train / CONCURRENT / one.documented_wall)
     gaps = Series([gap for one in rounds for gap in one.gaps])
+    first, last = (Series([pair[index] for one in rounds for pair in one.rss_mb]) for index in (0, 1))
     waits = [f"{name} {over_rounds(lambda one, name=name: one.waits[name]).show()}" for name in rounds[0].waits]
     body = [
         ["a TorchTrainer for each trial", documented_train.show(), documented_wall.show()],
@@ -203,7 +219,7 @@ def _report(rows: int, trials: int, epochs: int, rounds: list[_Round]) -> str:
             f"thread each, {TEACHER} and small_cnn(width={STUDENT_WIDTH}), blocks of {BATCH_SIZE}, {VIEWS} view. The "
             "trials of Ray's documentation: a function that makes a TorchTrainer of one worker, which asks the teacher "
             "inline. The search: the command, its cache built first, none stopped early; confirming its best is left "
-            f"out. Median and range over {len(rounds)} rounds.",
+            f"out. Median and range over {len(rounds)} round{'s' * (len(rounds) != 1)}.",
             f"t, the teacher's forward pass: {over_rounds(lambda one: one.teacher_us).show()} us a sample; s, an epoch "
             f"without a teacher, {CONCURRENT} at a time as well: {over_rounds(lambda one: one.student_us).show()}. "
             f"Arithmetic allows N E (t + s) / (V t + N E s) = {allowed.show(2)}.",
@@ -214,6 +230,9 @@ def _report(rows: int, trials: int, epochs: int, rounds: list[_Round]) -> str:
             f"{verdict(starts.median < 1 / 3)}). From a trial's end to the next one's first step in the process: "
             f"{gaps.show(2)} s, under 2 s: {verdict(gaps.median < 2)}.",
             f"Seconds of the search's wall time in which no trial trains: {'; '.join(waits)}.",
+            f"Resident memory of a trial's process, MB: {first.show()} at the end of its first trial, {last.show()} at "
+            f"that of its last, {trials // CONCURRENT} or so trials later.",
+            *(f"Round {number}: {one.note}." for number, one in enumerate(rounds, start=1) if one.note),
         ]
     )
 
