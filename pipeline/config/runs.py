@@ -171,6 +171,8 @@ def open_run(
     name = config.run.name or default_run_name(config, command)
     named = Path(config.run.dir).expanduser() if config.run.dir else None
     refuse_vanishing("run.dir", named or runs_root)
+    if config.cache.path is not None and "://" not in config.cache.path:
+        refuse_vanishing("cache.path", Path(config.cache.path).expanduser())
     folder = _make_folder(named, runs_root, name)
     refuse_vanishing("run.dir", folder)
     lock = _lock(folder)
@@ -374,8 +376,12 @@ def refuse_vanishing(key: str, path: Path) -> None:
     """
     if "working_dir_files" not in path.resolve().parts:
         return
-    examples = {"run.dir": "/shared/runs/<name>", "out": "/shared/predictions.parquet"}
-    example = examples.get(key, "http://<server>:5000")
+    example = {
+        "run.dir": "/shared/runs/<name>",
+        "cache.path": "/shared/cache",
+        "out": "/shared/predictions.parquet",
+        "tracking.uri": "http://<server>:5000",
+    }[key]
     raise RunError(
         f"{key}: {path.resolve()} lies in the job's unpacked working folder and would vanish with the job; "
         f"give {key}={example}, on storage that outlives it"

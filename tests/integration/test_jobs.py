@@ -1,6 +1,6 @@
 """Runs as Ray jobs: submitted to a head of their own from this folder, stopped, and gone on with.
 
-Three fits, all of them slow.
+Three fits and a search, all of them slow.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 START_TIMEOUT_S = 120.0
-RUN_TIMEOUT_S = 240.0
+RUN_TIMEOUT_S = 500.0
 NUM_STEPS = 40 * 19  # 40 epochs; 1,258 digits are left to train on, 19 blocks of 64 an epoch
 TINY = ["teacher.width=4", "student=mlp", "student.hidden=[16]", "train.num_threads=1"]
 
@@ -161,10 +161,12 @@ def checkpoints_of(run_dir: Path) -> list[int]:
     return [event["step"] for event in events_of(run_dir, "checkpoint")]
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_job_runs_to_its_end(head: Head, teacher: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "student"
-    done = head.run("jobs/submit_distill.sh", *TINY, "train.epochs=2", RUNS=str(tmp_path), TEACHER=str(teacher))
+    done = head.run(
+        "jobs/submit.sh", "distill", *TINY, "train.epochs=2", RUNS=str(tmp_path), TEACHER=str(teacher), NAME="student"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stdout
     result = read(run_dir, "result.json")
@@ -179,7 +181,21 @@ def test_job_runs_to_its_end(head: Head, teacher: Path, tmp_path: Path) -> None:
     assert not {".venv", ".git", "runs", "tests", ".mypy_cache"} & set(unpacked)
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(900)
+def test_search_as_a_job(head: Head, teacher: Path, tmp_path: Path) -> None:
+    options = ["search=temperature", "search.num_trials=2", "search.confirm.top=1", "search.confirm.seeds=1"]
+    done = head.run(
+        "jobs/submit.sh", "search", *TINY, *options, "train.epochs=1", RUNS=str(tmp_path), TEACHER=str(teacher)
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = read(tmp_path / "search", "result.json")
+    assert (result["status"], result["exit_code"]) == ("finished", 0)
+    assert result["metrics"]["teacher/rows_computed"] > 0
+    assert [path.name for path in (tmp_path / "cache").iterdir()]
+    assert "wins: " in done.stdout or "no trial beats the defaults" in done.stdout
+
+
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [
@@ -197,7 +213,7 @@ def test_run_that_would_vanish_with_the_job_is_refused(
     assert "would vanish with the job" in done.stdout
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_stopped_job_is_finished_by_resume(head: Head, teacher: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "student"
     arguments = [*TINY, f"teacher.checkpoint={teacher}", f"run.dir={run_dir}", "train.epochs=40"]

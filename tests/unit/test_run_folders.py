@@ -90,6 +90,8 @@ def test_a_folder_that_vanishes_with_the_job_is_refused(tmp_path: Path, monkeypa
     shared = f"run.dir={tmp_path}/shared/x"
     with pytest.raises(RunError, match=r"tracking.uri: .* would vanish with the job"):
         open_and_close(shared, "tracking.uri=sqlite:///mlflow.db")
+    with pytest.raises(RunError, match=r"cache.path: .* would vanish with the job; give cache.path=/shared/cache"):
+        open_and_close(shared, "cache.path=runs/cache")
     assert list(unpacked.iterdir()) == []
     assert open_and_close(shared).config.tracking.uri == f"sqlite:///{tmp_path}/shared/mlflow.db"
 

@@ -229,6 +229,15 @@ def _(place: Place) -> list[str]:
     return build(place, *MLP)
 
 
+@mistake("a cache inside a job's unpacked copy")
+def _(place: Place) -> list[str]:
+    command = [*build(place), f"run.dir={place.folder}/runs/build"]
+    folder = place.folder / "working_dir_files" / "package"
+    folder.mkdir(parents=True)
+    place.monkeypatch.chdir(folder)
+    return [f"teacher.checkpoint={place.teacher}" if "teacher.checkpoint" in part else part for part in command]
+
+
 @mistake("a disk that is full while a cache is built")
 def _(place: Place) -> list[str]:
     """A limit on the size of files stands in for the disk: only the parts are larger."""

@@ -84,11 +84,6 @@ def _(place: Place) -> list[str]:
     return search(place, "cluster=inprocess")
 
 
-@mistake("trials of more workers than the cluster holds")
-def _(place: Place) -> list[str]:
-    return search(place, "cluster.num_workers=9")
-
-
 @mistake("trials that ask the teacher")
 def _(place: Place) -> list[str]:
     return search(place, "teacher.source=online")

@@ -22,5 +22,13 @@ def _(place: Place) -> list[str]:
 
 @mistake("a trial larger than the cluster", on_ray=True)
 def _(place: Place) -> list[str]:
-    options = ("search=temperature", "cache.path=cache", "cluster.num_cpus_per_worker=9")
-    return ["search", *place.distill(*options)[1:]]
+    return _search(place, "cluster.num_cpus_per_worker=9")
+
+
+@mistake("trials of more workers than the cluster holds", on_ray=True)
+def _(place: Place) -> list[str]:
+    return _search(place, "cluster.num_workers=9")
+
+
+def _search(place: Place, *overrides: str) -> list[str]:
+    return ["search", *place.distill("search=temperature", "cache.path=cache", *overrides)[1:]]
