@@ -168,8 +168,8 @@ def _report(texts: list[str], rows: list[list[str]]) -> str:
             *texts,
             "Each space is searched twice with the same number of trials, ASHA both times: as shipped (Optuna's Parzen "
             "estimator, the space's starting points; PTLoss's with the selected coefficients) and at random, from no "
-            "starting points. Both try the defaults first, and draw with the same seed: the estimator's first ten points "
-            "are random ones too, so the two share some. The best two of each are trained again over "
+            "starting points. Both try the defaults first, and draw with the same seed: the estimator's first ten "
+            "points are random ones too, so the two share some. The best two of each are trained again over "
             f"{NUM_SEEDS} fresh seeds, the winner by that mean, on validation. The table is on test, opened once a "
             f"search: {METRIC}, mean and 95 % interval by Student's t over those seeds; gains are paired by seed.",
             table(columns, rows),
