@@ -60,5 +60,9 @@ class NoRay(ModuleType):
 
 
 def files_below(folder: Path) -> set[str]:
-    """What a refused command must not have added to."""
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    """What a refused command must not have added to; Python keeps the bytecode of a user's module beside it."""
+    return {
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and path.parent.name != "__pycache__"
+    }
