@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Literal, Protocol
 import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
-from ray.tune.search import Searcher
+from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from pipeline.cluster.preflight import cluster_capacity
 from pipeline.cluster.team import Team
@@ -21,6 +22,7 @@ from pipeline.search.study import PastTrial
 EPOCH, VALUE = "epoch", "value"
 _UNJUDGED = "unjudged_value"  # schedulers pass over results without the value that they judge by
 _LABEL, _CONFIG, _JUDGED = "label", "config", "judged"
+_MAX_RETURNS = 2  # a process that never starts is a failure
 
 Report = Callable[[int, float], None]
 
@@ -122,13 +124,13 @@ def run_trials(
     with_inputs = tune.with_parameters(_run_trial, shared=shared)
     bundles = [dict(plan.bundle)] * plan.num_workers
     trainable = tune.with_resources(with_inputs, tune.PlacementGroupFactory(bundles))
+    searcher = ConcurrencyLimiter(_BoardSearcher(board), plan.max_concurrent)
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=_BoardSearcher(board),
+            search_alg=searcher,
             scheduler=_make_scheduler(plan, past),
             num_samples=-1,
-            max_concurrent_trials=plan.max_concurrent,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.config[_LABEL],
             trial_name_creator=lambda trial: trial.config[_LABEL],
@@ -137,7 +139,7 @@ def run_trials(
             name=plan.storage.name,
             storage_path=str(plan.storage.parent),
             failure_config=tune.FailureConfig(max_failures=1),
-            callbacks=[_BoardCallback(board)],
+            callbacks=[_BoardCallback(board, searcher)],
             stop=_BoardStopper(board),
             verbose=0,
         ),
@@ -237,18 +239,28 @@ class _BoardSearcher(_AtBoard, Searcher):
 class _BoardCallback(_AtBoard, tune.Callback):
     """Tells the board what Tune sees."""
 
-    def __init__(self, board: Board) -> None:
+    def __init__(self, board: Board, searcher: Searcher) -> None:
         super().__init__(board)
-        self._told: set[str] = set()  # ids of trials whose end the board knows
+        self._searcher = searcher
+        self._begun: set[str] = set()  # ids of trials
+        self._told: set[str] = set()  # of those whose end the board knows
+        self._num_returned: Counter[str] = Counter()  # by label
 
     def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
         # Tune drops a trial without a word when the process that it wants to use again has not left the last one.
         for trial in trials:
             if trial.status == "ERROR" and trial.trial_id not in self._told:
-                self._told.add(trial.trial_id)
-                self._board.returned(trial.config[_LABEL])
+                self._searcher.on_trial_complete(trial.trial_id, error=True)  # or it would count as running for ever
+                self._return(trial)
+
+    def _return(self, trial: Any) -> None:
+        label = trial.config[_LABEL]
+        self._told.add(trial.trial_id)
+        self._num_returned[label] += 1
+        self._board.returned(label)
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self._begun.add(trial.trial_id)
         self._board.started(trial.config[_LABEL])
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
@@ -257,13 +269,18 @@ class _BoardCallback(_AtBoard, tune.Callback):
             self._board.reported(trial.config[_LABEL], int(result[EPOCH]), float(value))
 
     def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self._board.retried(trial.config[_LABEL])
+        if trial.trial_id in self._begun:
+            self._board.retried(trial.config[_LABEL])
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         self._told.add(trial.trial_id)
         self._board.ended(trial.config[_LABEL], None)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        # An idle process that was lost unseen takes the trial with it that was to be its next.
+        if trial.trial_id not in self._begun and self._num_returned[trial.config[_LABEL]] < _MAX_RETURNS:
+            self._return(trial)
+            return
         self._told.add(trial.trial_id)
         self._board.ended(trial.config[_LABEL], _last_line(trial))
 

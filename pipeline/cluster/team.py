@@ -85,17 +85,25 @@ class Team:
             ray.get(calls)
         except BaseException as error:
             found = self._end(calls)
+            if not isinstance(error, Exception) or isinstance(error, PipelineError) or found is None:
+                raise
             # Of an error of one worker the others see no more than that it is gone.
-            if found is not None and isinstance(error, Exception) and not isinstance(error, PipelineError):
-                raise found from None
-            raise
+            if (own := find_pipeline_error(found)) is not None:
+                raise own from None
+            causes = (" ".join(str(one).split()) for one in (error, found))
+            raise RuntimeError("; another worker: ".join(causes)) from error
         finally:
             drain.flush(_PATIENCE_S)
             self._emitter = None
 
     def _gather(self) -> None:
         if self._members:
-            return
+            try:
+                ray.get([member.is_there.remote() for member in self._members])
+            except RayActorError:  # lost while nobody needed it
+                self._dismiss()
+            else:
+                return
         group = ray.util.get_current_placement_group()
         assert group is not None  # Tune's
         custom = {name: amount for name, amount in self._bundle.items() if name not in ("CPU", "GPU")}
@@ -112,21 +120,26 @@ class Team:
         ]
         ray.get([member.is_there.remote() for member in self._members])
 
-    def _end(self, calls: list[ray.ObjectRef[Any]]) -> PipelineError | None:
-        """What one of the others found; those that do not end, or that are lost, are replaced for the next trial."""
+    def _end(self, calls: list[ray.ObjectRef[Any]]) -> Exception | None:
+        """What one of the others met, our own errors first.
+
+        If one does not end, or is lost, the next trial has new ones.
+        """
         ended, waiting = ray.wait(calls, num_returns=len(calls), timeout=_PATIENCE_S)
-        found, lost = None, bool(waiting)
+        met: list[Exception] = []
         for call in ended:
             try:
                 ray.get(call)
             except RayError as error:
-                lost = lost or isinstance(error, RayActorError)
-                found = found or find_pipeline_error(error)
-        if lost:
-            for member in self._members:
-                ray.kill(member)
-            self._members = []
-        return found
+                met.append(error)
+        if waiting or any(isinstance(error, RayActorError) for error in met):
+            self._dismiss()
+        return next((error for error in met if find_pipeline_error(error)), met[0] if met else None)
+
+    def _dismiss(self) -> None:
+        for member in self._members:
+            ray.kill(member)
+        self._members = []
 
 
 def _free_address() -> str:

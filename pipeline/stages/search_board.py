@@ -175,7 +175,8 @@ class TrialBoard:
         self._tell_event(label)
 
     def returned(self, label: str) -> None:
-        self.waiting.appendleft(self.trials[label])
+        # Not among the trials until it is given out again, which after the deadline it is not.
+        self.waiting.appendleft(self.trials.pop(label))
 
     def must_stop(self) -> bool:
         return len(self.failed) >= self.max_failed

@@ -21,6 +21,7 @@ from pipeline.stages.session import RunSession, has_rest, run_interruptibly, sen
 from pipeline.stages.work import CheckedTeacher, check_teacher
 
 WorkT = TypeVar("WorkT")
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,15 @@ def tell(story: Story[WorkT], request: Request, defaults: Sequence[str] = ()) ->
 
 
 def _explain_full_disk(error: Exception, run: Run) -> Exception:
-    """The sentence for a disk that is full; any other error as it is."""
-    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    """The sentence for a disk that is full, also where that is what an error comes of; any other error as it is."""
+    full: BaseException | None = error
+    while full is not None and not (isinstance(full, OSError) and full.errno in _DISK_IS_FULL):
+        full = None if isinstance(full, PipelineError) else full.__cause__ or full.__context__
+    if not isinstance(full, OSError) or full.errno is None:
         return error
-    what = error.filename or run.dir
+    what = full.filename or run.dir
     return RunError(
-        f"{what} cannot be written ({os.strerror(error.errno)}); make room, then go on with {run.resume_command}: what "
+        f"{what} cannot be written ({os.strerror(full.errno)}); make room, then go on with {run.resume_command}: what "
         "the run saved before is whole"
     )
 

@@ -8,6 +8,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -123,13 +124,16 @@ def _train(inputs: TrialInputs, run: Run, journal: Journal, report: Report, team
         if step < plan.num_steps and plan.ends_epoch(step) and epoch % config.train.evaluate_every == 0:
             report(epoch, metrics[inputs.metric])
 
-    world_size = 1 if team is None else team.size
-    context = LocalContext(run.dir / "checkpoints", journal, _device(config), committed=tell, world_size=world_size)
+    make_context = partial(LocalContext, run.dir / "checkpoints", journal, _device(config), committed=tell)
     if team is None:
-        state = _train_worker(inputs, config, spec, context, skipped)
+        state = _train_worker(inputs, config, spec, make_context(), skipped)
     else:
-        part = _Part(config.model_dump_json(), spec, run.dir, world_size)
-        with team.beside(_train_beside, part, skipped) as address, process_group(context, address):
+        part = _Part(config.model_dump_json(), spec, run.dir, team.size)
+        with (
+            team.beside(_train_beside, part, skipped) as address,
+            process_group(_device(config), 0, team.size, address) as store,
+        ):
+            context = make_context(world_size=team.size, store=store)
             state = _train_worker(inputs, config, spec, context, skipped)
     best = state.best
     if best is None:
@@ -148,8 +152,10 @@ def _train(inputs: TrialInputs, run: Run, journal: Journal, report: Report, team
 def _train_beside(inputs: TrialInputs, part: _Part, rank: int, address: str, emitter: Emitter) -> None:
     """A worker that is not rank 0."""
     config = build_config(json.loads(part.config), TRIAL_COMMAND)
-    context = LocalContext(part.place / "checkpoints", emitter, _device(config), rank=rank, world_size=part.world_size)
-    with _own_process_state(config), process_group(context, address):
+    device, size = _device(config), part.world_size
+    with _own_process_state(config), process_group(device, rank, size, address) as store:
+        folder = part.place / "checkpoints"
+        context = LocalContext(folder, emitter, device, rank=rank, world_size=size, store=store)
         _train_worker(inputs, config, part.spec, context, emitter)
 
 

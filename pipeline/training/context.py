@@ -8,20 +8,27 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from pipeline.contracts.checkpoints import find_furthest
 from pipeline.contracts.columns import NO_LABEL
 from pipeline.contracts.events import Emitter, Event
 from pipeline.errors import DataError, StreamError
 from pipeline.training.state import explain_writing
+
+_JOIN_WITHIN = timedelta(minutes=2)
+_END_WITHIN = timedelta(seconds=5)
+_ANY_TIME = timedelta(days=100)
+_GO, _END = "go", "end"
 
 
 @dataclass(frozen=True)
@@ -105,20 +112,21 @@ class Worker:
 
 
 @contextmanager
-def process_group(worker: Worker, address: str) -> Iterator[None]:
+def process_group(device: torch.device, rank: int, world_size: int, address: str) -> Iterator[Store]:
     """Connects several workers for the time of the block.
 
     Args:
         address: ``host:port`` at which rank 0 listens meanwhile.
+
+    Yields:
+        What they tell each other by.
     """
-    torch.distributed.init_process_group(
-        "nccl" if worker.device.type == "cuda" else "gloo",
-        init_method=f"tcp://{address}",
-        rank=worker.rank,
-        world_size=worker.world_size,
-    )
+    host, _, port = address.rpartition(":")
+    store = TCPStore(host, int(port), world_size, rank == 0, timeout=_JOIN_WITHIN)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     try:
-        yield
+        yield store
     finally:
         torch.distributed.destroy_process_group()
 
@@ -134,7 +142,7 @@ class LocalContext(Worker):
         device: where to train; by default the first GPU, else the CPU.
         start_from: a checkpoint kept elsewhere, which counts if it is further than those in ``folder``.
         committed: is told the metrics of every checkpoint, on rank 0; none: nobody is.
-        rank, world_size: of several workers, which are in a process group.
+        rank, world_size: of several workers, which are in a process group; ``store`` is that group's.
     """
 
     def __init__(
@@ -146,6 +154,7 @@ class LocalContext(Worker):
         committed: Callable[[Mapping[str, float]], None] | None = None,
         rank: int = 0,
         world_size: int = 1,
+        store: Store | None = None,
     ) -> None:
         default = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         super().__init__(device or default, rank, world_size)
@@ -153,20 +162,33 @@ class LocalContext(Worker):
         self._emitter = emitter
         self._start_from = start_from
         self._committed = committed
+        self._store = store
+        self._num_commits = 0
 
     def resume_folder(self) -> Path | None:
         return find_furthest([find_local(self._folder), self._start_from])
 
     def commit(self, folder: Path | None, metrics: dict[str, float]) -> None:
-        raised: BaseException | None = None
-        if self.rank == 0:
-            try:
-                self._keep(folder, metrics)
-            except BaseException as error:  # SystemExit too: the others wait for this one
-                raised = error
-        ending = torch.tensor(float(raised is not None), device=self.device)
-        if self.sum_over_workers(ending).item():
-            raise raised or SystemExit(0)
+        if self._store is None:
+            self._keep(folder, metrics)
+            return
+        # Not by a collective operation: whoever answers rank 0 may take longer than those are given.
+        key = f"commit {self._num_commits}"
+        self._num_commits += 1
+        if self.rank:
+            self._store.wait([key], _ANY_TIME)
+            if self._store.get(key).decode() == _END:
+                self._store.set(f"{key}, {self.rank}", _END)
+                raise SystemExit(0)
+            return
+        try:
+            self._keep(folder, metrics)
+        except BaseException:  # SystemExit too
+            self._store.set(key, _END)
+            with suppress(RuntimeError):  # the store ends with this process: it is there until all have read it
+                self._store.wait([f"{key}, {rank}" for rank in range(1, self.world_size)], _END_WITHIN)
+            raise
+        self._store.set(key, _GO)
 
     def _keep(self, folder: Path | None, metrics: dict[str, float]) -> None:
         if folder is None:

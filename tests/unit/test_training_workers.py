@@ -41,9 +41,11 @@ def work(rank: int, folder: Path, address: str, end_early: bool) -> None:
     source = InProcessSource(
         SOURCE, reader, planner, spec.data, SEED, spec.plan.num_blocks, rank=rank, world_size=NUM_WORKERS
     )
-    place = {"rank": rank, "world_size": NUM_WORKERS}
-    context = LocalContext(folder, recorder, torch.device("cpu"), committed=committed, **place)
-    with process_group(context, address):
+    cpu = torch.device("cpu")
+    with process_group(cpu, rank, NUM_WORKERS, address) as store:
+        context = LocalContext(
+            folder, recorder, cpu, committed=committed, rank=rank, world_size=NUM_WORKERS, store=store
+        )
         train(build_job(spec, SOURCE), context, source)
     assert bool(recorder.events) == (rank == 0)
 
