@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.contracts.events import read_events
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 300.0
 TEACHER = ["teacher.width=4", "cluster=inprocess"]
 STUDENT = [*TEACHER, "teacher.checkpoint=runs/teacher", "student=mlp", "student.hidden=[16]"]
 

@@ -13,7 +13,7 @@ from pipeline.training import read_state
 from tests.integration.commands import events_of, read_result
 from tests.integration.conftest import FAKE_ACCELERATOR, NUM_ACCELERATORS
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.usefixtures("ray_cluster")]
 
 VIEWS, EPOCHS, BATCH = 2, 5, 64
 COMMON = [

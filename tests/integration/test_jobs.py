@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 300.0
 RUN_TIMEOUT_S = 500.0
 NUM_STEPS = 40 * 19  # 40 epochs; 1,258 digits are left to train on, 19 blocks of 64 an epoch
 TINY = ["teacher.width=4", "student=mlp", "student.hidden=[16]", "train.num_threads=1"]

@@ -31,13 +31,13 @@ from tests.integration.commands import events_of, mlflow_client, read_result, wa
 from tests.integration.conftest import FAKE_ACCELERATOR
 from tests.integration.mlflow_server import Server
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 ROWS = 1_280  # a multiple of the batch: no row is computed to fill up a block
 DATA = ["data=gaussians", f"data.num_train={ROWS}", "data.num_validation=500", "data.num_test=500"]
 STUDENT = ["student=mlp", "student.hidden=[8]", "train.epochs=3", "train.optimizer.lr=0.05"]
 CONFIRM = ["search.confirm.top=2", "search.confirm.seeds=2", "search.max_concurrent=2"]
-WAIT_S = 120.0
+WAIT_S = 300.0
 
 
 def prepare(folder: Path) -> list[str]:

@@ -11,7 +11,7 @@ from pipeline.losses import Perturbation
 from pipeline.stages.selection import read_selection
 from tests.integration.commands import read_result
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.usefixtures("ray_cluster")]
 
 COMMON = ["teacher=mlp", "teacher.hidden=[16]", "data.validation_fraction=0.3", "selection.num_candidates=32"]
 

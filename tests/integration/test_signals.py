@@ -22,7 +22,7 @@ from pipeline.models import build_classifier
 from pipeline.models.mlp import MLPParams
 
 ROOT = Path(__file__).parents[2]
-START_TIMEOUT_S = 150.0
+START_TIMEOUT_S = 300.0
 GONE_S = 2.0  # a job is killed three seconds after it was told to stop
 
 
@@ -63,7 +63,7 @@ def make_teacher(folder: Path) -> list[str]:
     ("cluster", "epochs"),
     [
         (["cluster=inprocess"], 25),
-        pytest.param(["cluster=ray", "cluster.address=local"], 20, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+        pytest.param(["cluster=ray", "cluster.address=local"], 20, marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),
     ],
     ids=["inprocess", "ray"],
 )
