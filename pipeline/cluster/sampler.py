@@ -25,6 +25,7 @@ class Sampler:
         mode: which way values are better.
         start: points to begin with; what a point leaves out is drawn.
         past: of earlier starts, in order.
+        num_drawn: by earlier starts, those that are not over included.
     """
 
     def __init__(
@@ -35,10 +36,11 @@ class Sampler:
         seed: int,
         start: Sequence[Draw] = (),
         past: Sequence[PastTrial] = (),
+        num_drawn: int = 0,
     ) -> None:
         self._space = space
         # A sampler that began at the same seed again would draw the same points again.
-        seed = (seed * 1_000_003 + len(past)) % 2**31
+        seed = (seed * 1_000_003 + num_drawn) % 2**31
         sampler: optuna.samplers.BaseSampler
         if kind == "optuna":
             # One group for each condition; a point that is being tried is no good place for the next.

@@ -21,7 +21,7 @@ from pipeline.search.study import PastTrial
 
 EPOCH, VALUE = "epoch", "value"
 _UNJUDGED = "unjudged_value"  # schedulers pass over results without the value that they judge by
-_LABEL, _CONFIG, _JUDGED = "label", "config", "judged"
+_LABEL = "label"
 _MAX_RETURNS = 2  # a process that never starts is a failure
 
 Report = Callable[[int, float], None]
@@ -58,8 +58,8 @@ class Board(Protocol):
         """It came to its end, was stopped early, or failed for good."""
         ...
 
-    def is_late(self, label: str) -> bool:
-        """Whether a trial is to end at this evaluation, for the time is up."""
+    def ends(self, label: str, epoch: int) -> bool:
+        """Whether a trial is to end at this evaluation, for a while or for good."""
         ...
 
     def returned(self, label: str) -> None:
@@ -102,7 +102,7 @@ def count_concurrent(bundle: Mapping[str, float], num_workers: int, limit: int |
 
 
 def run_trials(
-    function: Callable[[Any, str, str, Report, Team | None], None],
+    function: Callable[[Any, TrialTask, Report, Team | None], None],
     inputs: Any,
     board: Board,
     plan: TrialsPlan,
@@ -111,9 +111,9 @@ def run_trials(
     """Runs the board's trials to their end.
 
     Args:
-        function: called in a trial's process with ``inputs``, label, configuration, a function that takes epoch and
-            value of an evaluation and raises SystemExit where the trial is to end, and, where a trial has several
-            workers, the others.
+        function: called in a trial's process with ``inputs``, the trial, a function that takes epoch and value of an
+            evaluation and raises SystemExit where the trial is to end, and, where a trial has several workers, the
+            others.
         inputs: the same for all trials; sent to each node once.
         past: trials of earlier starts, by which the scheduler judges too.
     """
@@ -149,13 +149,13 @@ def run_trials(
 
 def _run_trial(config: dict[str, Any], shared: dict[str, Any]) -> None:
     os.environ.setdefault(*_LEAVE_WITHIN)
-    name = VALUE if config[_JUDGED] else _UNJUDGED
+    task = TrialTask(**config)
+    name = VALUE if task.judged else _UNJUDGED
 
     def report(epoch: int, value: float) -> None:
         tune.report({EPOCH: epoch, name: value})
 
-    inputs = ray.get(shared["inputs"])
-    shared["function"](inputs, config[_LABEL], config[_CONFIG], report, _find_team(shared))
+    shared["function"](ray.get(shared["inputs"]), task, report, _find_team(shared))
 
 
 _TEAMS: dict[Any, Team] = {}  # of this process, for the next trials in it
@@ -221,7 +221,7 @@ class _BoardSearcher(_AtBoard, Searcher):
         trial = None if self._board.must_stop() else self._board.next_trial()
         if trial is None:
             return Searcher.FINISHED
-        return None if trial == "wait" else {_LABEL: trial.label, _CONFIG: trial.config, _JUDGED: trial.judged}
+        return None if trial == "wait" else trial._asdict()
 
     def on_trial_result(self, trial_id: str, result: Any) -> None:
         pass
@@ -261,6 +261,7 @@ class _BoardCallback(_AtBoard, tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         self._begun.add(trial.trial_id)
+        self._num_returned.pop(trial.config[_LABEL], None)
         self._board.started(trial.config[_LABEL])
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
@@ -299,7 +300,7 @@ class _BoardStopper(_AtBoard, tune.Stopper):
     """Ends the whole search when the board says so."""
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return self._board.is_late(result["config"][_LABEL])
+        return self._board.ends(result["config"][_LABEL], result.get(EPOCH, 0))
 
     def stop_all(self) -> bool:
         return self._board.must_stop()

@@ -14,6 +14,8 @@ TEACHER_ONLY = frozenset({"select-perturbation", "cache build"})
 _TAKES_TEACHER = TEACHER_ONLY | {"distill", "search", "validate"}
 # Sections that a search may vary.
 _SEARCHED = ("loss", "student", "train")
+# Beside the loss, what may change between two steps of one network.
+_CHANGED_IN_TRAINING = ("train.optimizer.lr",)
 # Rows of a block below which their correlation within a class is mostly chance.
 _MIN_GROUP_ROWS = 8
 
@@ -271,6 +273,27 @@ def _search_space_fits(config: Config, command: str) -> Iterator[Problem]:
         )
 
 
+def _population_can_be(config: Config, command: str) -> Iterator[Problem]:
+    from pipeline.search import Space
+
+    search = config.search
+    if search is None or search.scheduler != "pbt":
+        return
+    for axis in Space.parse(search.space).axes:
+        if axis.path.split(".")[0] != "loss" and axis.path not in _CHANGED_IN_TRAINING:
+            yield Problem(
+                f"search.space.{axis.path}",
+                "search.scheduler=pbt changes values while a network trains, so expected a key of loss, or "
+                f"{' or '.join(_CHANGED_IN_TRAINING)}; leave it out, or use search.scheduler=asha",
+            )
+    if search.time_budget_s is not None:
+        yield Problem(
+            "search.time_budget_s",
+            "the trials of search.scheduler=pbt come to their end together, so none would be finished when the time "
+            "is up; leave it out, or use search.scheduler=asha",
+        )
+
+
 _Rules = tuple[Callable[[Config, str], Iterator[Problem]], ...]
 
 _RULES: _Rules = (_teacher_is_given, _cache_is_described, _search_is_meant, _no_password)
@@ -284,4 +307,4 @@ _TRAINING_RULES: _Rules = (
     _group_is_large_enough,
     _labels_may_be_mixed,
 )
-_SEARCH_RULES: _Rules = (_search_is_described, _search_can_be_judged, _search_space_fits)
+_SEARCH_RULES: _Rules = (_search_is_described, _search_can_be_judged, _search_space_fits, _population_can_be)

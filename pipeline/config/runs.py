@@ -153,6 +153,7 @@ def open_run(
     runs_root: Path = Path("runs"),
     provenance: Callable[[], Mapping[str, Any]] = dict,
     extends: bool = False,
+    wait_s: float = 0.0,
 ) -> Run:
     """Makes the folder of a run, or goes on with the one in ``run.dir``.
 
@@ -162,6 +163,7 @@ def open_run(
         runs_root: where a new folder is made if ``run.dir`` is not set.
         provenance: facts recorded with a new run (fingerprints of data and teacher); not called for an old one.
         extends: whether ``config`` may differ from the stored one in a total; see ``load_config``.
+        wait_s: how long to wait for another process to leave the folder.
 
     Raises:
         RunError: another configuration or command made the folder, another process uses it, it cannot be
@@ -175,7 +177,7 @@ def open_run(
         refuse_vanishing("cache.path", Path(config.cache.path).expanduser())
     folder = _make_folder(named, runs_root, name)
     refuse_vanishing("run.dir", folder)
-    lock = _lock(folder)
+    lock = _lock(folder, wait_s)
     try:
         stored = _read_stored(folder)
         if stored is None:
@@ -249,9 +251,9 @@ def _make_folder(named: Path | None, runs_root: Path, name: str) -> Path:
     raise RunError(f"{runs_root}: no free name for {base}; give run.dir=...")
 
 
-def _lock(folder: Path) -> IO[str]:
+def _lock(folder: Path, wait_s: float = 0.0) -> IO[str]:
     try:
-        return hold_lock(folder)
+        return hold_lock(folder, wait_s)
     except LockedError as error:
         raise RunError(
             f"run.dir={folder}: in use by {error.holder}; wait for it to end, stop it, or give another run.dir"

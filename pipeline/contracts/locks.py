@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import platform
+import time
 from pathlib import Path
 from typing import IO
 
@@ -13,6 +14,8 @@ _log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 """Name of the file."""
+
+_POLL_S = 0.1
 
 
 class LockedError(Exception):
@@ -27,24 +30,37 @@ class LockedError(Exception):
         self.holder = holder
 
 
-def hold_lock(folder: Path) -> IO[str]:
+def hold_lock(folder: Path, wait_s: float = 0.0) -> IO[str]:
     """Holds the folder's lock until the file is closed or the process ends, however it ends.
+
+    Args:
+        wait_s: how long to wait for another process to leave the folder.
 
     Raises:
         LockedError: another process holds it.
         OSError: the folder cannot be written.
     """
     file = (folder / LOCK).open("a+", encoding="utf-8")
+    deadline = time.monotonic() + wait_s
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise LockedError(holder) from None
+        while not _try(file):
+            if time.monotonic() >= deadline:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                file.close()
+                raise LockedError(holder)
+            time.sleep(_POLL_S)
     except OSError as error:  # some network file systems have no locks
         _log.warning("%s cannot be locked (%s): make sure that no other process uses it", folder, error.strerror)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}\n")
     file.flush()
     return file
+
+
+def _try(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -23,6 +23,7 @@ class TrialsState:
     Attributes:
         phase: ``search`` or ``confirm``; empty: this run is no search.
         best: the event of the best trial of the phase so far.
+        pauses: whether trials of this phase wait for each other, so that those that are over say nothing of the rest.
     """
 
     phase: str = ""
@@ -30,6 +31,7 @@ class TrialsState:
     num_trials: int = 0
     states: dict[str, str] = field(default_factory=dict)
     best: dict[str, Any] | None = None
+    pauses: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     teacher_s: float = 0.0
     _began: float = 0.0
@@ -47,24 +49,28 @@ class TrialsState:
     def update(self, event: Event) -> None:
         data = event.data
         if data["phase"] != self.phase:
-            self.phase, self.states, self.best = data["phase"], {}, None
+            self.phase, self.states, self.best, self.pauses = data["phase"], {}, None, False
             self._began, self._done_at_begin = event.time, data["num_done"]
         self.num_done, self.num_trials = data["num_done"], data["num_trials"]
         self.states[data["label"]] = data["state"]
         self.seconds[data["label"]] = data["seconds"]
+        self.pauses |= data["state"] == "paused"
         if data.get("best"):
             self.best = data
 
     def time_left_s(self, now: float) -> float | None:
-        """As if the rest took as long as those that are done; none before one is."""
+        """As if the rest took as long as those that are done; none before one is, or where they wait for each other."""
         done = self.num_done - self._done_at_begin
-        return (now - self._began) / done * (self.num_trials - self.num_done) if done > 0 else None
+        if done <= 0 or self.pauses:
+            return None
+        return (now - self._began) / done * (self.num_trials - self.num_done)
 
     def count(self) -> str:
         """``4 of 16 done, 1 pruned, 2 running``."""
         states = list(self.states.values())
         parts = [f"{self.num_done} of {self.num_trials} done"]
-        parts += [f"{states.count(state)} {state}" for state in ("pruned", "failed", "running") if state in states]
+        shown = [state for state in ("pruned", "failed", "paused", "running") if state in states]
+        parts += [f"{states.count(state)} {state}" for state in shown]
         return ", ".join(parts)
 
     @property

@@ -41,9 +41,10 @@ class SearchParams(Params):
     mode: Literal["max", "min"] | None = None
     """Which way is better; none: as the metric says."""
     searcher: Literal["random", "grid", "optuna"] = "optuna"
-    scheduler: Literal["none", "asha", "median"] = "asha"
+    scheduler: Literal["none", "asha", "median", "pbt"] = "asha"
     """Which trials are stopped early: ``asha``: those below the best third after a ninth and a third of the epochs;
-    ``median``: those below the median of the others' averages; ``none``: none."""
+    ``median``: those below the median of the others' averages; ``pbt``: after each ninth of the epochs (at
+    least one) the worst quarter, in whose place changed copies of the best go on; ``none``: none."""
     confirm: ConfirmParams = ConfirmParams()
 
     @field_validator("space")

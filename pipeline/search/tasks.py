@@ -12,8 +12,10 @@ class TrialTask(NamedTuple):
         label: its name.
         config: its configuration as JSON.
         judged: whether the scheduler may stop it early.
+        start_from: folder of the checkpoint that it begins with; empty: none.
     """
 
     label: str
     config: str
     judged: bool
+    start_from: str = ""

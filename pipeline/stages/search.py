@@ -25,18 +25,12 @@ from pipeline.stages.cached import open_logits
 from pipeline.stages.execution import list_demands, worker_bundle
 from pipeline.stages.joining import connect, join_cluster
 from pipeline.stages.logits import logits_path
-from pipeline.stages.search_board import (
-    Trial,
-    TrialBoard,
-    best_trials,
-    past_trials,
-    read_trials,
-    trial_folder,
-    unfinished,
-)
+from pipeline.stages.search_board import FAILED_SHARE, TrialBoard
 from pipeline.stages.search_configs import TrialConfigs
+from pipeline.stages.search_population import Population
 from pipeline.stages.search_result import conclude, render_state
 from pipeline.stages.search_tracking import TrialTrackers, list_unsent
+from pipeline.stages.search_trials import Trial, best_trials, past_trials, read_trials, trial_folder, unfinished
 from pipeline.stages.search_winner import confirmations
 from pipeline.stages.selection import select
 from pipeline.stages.session import RunSession
@@ -184,6 +178,7 @@ def _search(work: _Work, inputs: TrialInputs, session: RunSession, trackers: Tri
     session.say("search", detail=f"{board.total} trials" + (f", {over} of them over" if over else ""))
     _run(work, inputs, session, board, past_trials(board.trials.values()))
     if board.must_stop():
+        trackers.kill()  # those that are paused
         failed = board.failed
         raise TrainingError(
             f"{len(failed)} of {board.total} trials failed, which ends the search; the last, {failed[-1].label}, "
@@ -204,21 +199,32 @@ def _make_board(
     from pipeline.cluster.sampler import Sampler
 
     configs, params, run = work.configs, work.configs.params, work.run
+    population, seed = None, run.config.run.seed
+    if params.scheduler == "pbt":
+        population = Population(run.dir, configs.space, work.num_epochs, configs.maximises, seed)
+        for trial in population.settle(trials):  # the last start did not come to it
+            trial.save(run.dir)
+            trackers.follow(trial)
+            trackers.end(trial)
+            population.forget(trial)
+    over = [trial for trial in trials.values() if trial.state in ("finished", "pruned")]
     own = [trial for trial in trials.values() if not trial.confirms]
-    over = {trial.label: trial for trial in trials.values() if trial.state in ("finished", "pruned")}
+    going_on = list(unfinished(own, None if population is None else population.pauses))
+    for trial in going_on:
+        if trial.state == "paused":  # it may give way before it goes on
+            trackers.follow(trial)
+    drawn = [trial for trial in own if not trial.copy_of]
     starts = configs.starts(_select_start(work, inputs, session))
     total = len(starts) if params.searcher == "grid" else params.num_trials
     sampler = Sampler(
-        configs.space, params.searcher, _mode(configs), run.config.run.seed, starts[len(own) :], past_trials(own)
+        configs.space, params.searcher, _mode(configs), seed, starts[len(drawn) :], past_trials(drawn), len(drawn)
     )
-    numbers = iter(range(len(own), total))
+    num_copies = len(own) - len(drawn)
+    labels = (f"{number:04d}" for number in range(len(own), total + num_copies))
 
     def draw_next() -> Trial | None:
-        number = next(numbers, None)
-        if number is None:
-            return None
-        label = f"{number:04d}"
-        return Trial(label, sampler.ask(label))
+        label = next(labels, None)
+        return None if label is None else Trial(label, sampler.ask(label))
 
     def tell_sampler(trial: Trial) -> None:
         sampler.tell(trial.label, trial.draw or {}, trial.value if trial.state != "failed" else None)
@@ -238,18 +244,19 @@ def _make_board(
     return TrialBoard(
         run_dir=run.dir,
         journal=session.journal,
-        total=total,
-        better=lambda first, second: first > second if configs.maximises else first < second,
+        total=total + num_copies,
+        maximise=configs.maximises,
         configure=configure,
-        waiting=deque(unfinished(own)),
+        waiting=deque(trial for trial in going_on if trial.state == "waiting"),
         draw_next=draw_next,
         tell=tell_sampler,
         choose=choose,
-        max_failed=max(2, math.ceil(total / 3)),
+        max_failed=max(2, math.ceil((total + num_copies) * FAILED_SHARE)),
         deadline=None if params.time_budget_s is None else time.time() + params.time_budget_s,
-        on_start=lambda trial: trackers.follow(trial.label),
+        on_start=trackers.follow,
         on_end=trackers.end,
-        trials=over,
+        trials={trial.label: trial for trial in (*over, *going_on) if trial.state != "waiting"},
+        population=population,
     )
 
 
@@ -263,7 +270,7 @@ def _run(work: _Work, inputs: TrialInputs, session: RunSession, board: TrialBoar
             bundle=bundle,
             num_workers=config.cluster.num_workers,
             max_concurrent=count_concurrent(bundle, config.cluster.num_workers, params.max_concurrent, board.total),
-            scheduler=params.scheduler,
+            scheduler="none" if params.scheduler == "pbt" else params.scheduler,
             num_epochs=work.num_epochs,
             mode=_mode(work.configs),
             storage=work.run.dir / "ray" / "search",
@@ -277,11 +284,11 @@ def _mode(configs: TrialConfigs) -> Literal["max", "min"]:
 
 def _send_unsent(run: Run) -> None:
     """Of a finished search, whose tracking server was away."""
-    labels = list_unsent(run, [trial.label for trial in read_trials(run.dir)])
-    if not labels or read_run_id(run.dir) is None:
+    unsent = list_unsent(run, read_trials(run.dir))
+    if not unsent or read_run_id(run.dir) is None:
         return
     trackers = TrialTrackers(run, {})
-    for label in labels:
-        trackers.follow(label)
+    for trial in unsent:
+        trackers.follow(trial)
     problem = trackers.close()
-    print(f"tracking: {problem or f'what was missing of {len(labels)} trials is sent'}")
+    print(f"tracking: {problem or f'what was missing of {len(unsent)} trials is sent'}")

@@ -1,84 +1,22 @@
-"""The trials of a search: a small file of each in the run folder, which is what the search is resumed from."""
+"""Which trial of a search is next, and what became of each: what Ray Tune asks and tells."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.config.results import write_json
 from pipeline.config.stored import read_json
 from pipeline.contracts.events import Event, Journal
-from pipeline.search import Draw, TrialTask
-from pipeline.search.study import PastTrial
+from pipeline.search import TrialTask
+from pipeline.stages.search_population import Population, checkpoint_of_copy
+from pipeline.stages.search_trials import Trial, trial_folder
 
-TrialState = Literal["waiting", "running", "finished", "pruned", "failed"]
-_OVER = ("finished", "pruned", "failed")
-_FOLDER = Path("search", "trials")
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One trial.
-
-    Attributes:
-        label: name of its run folder under ``trials/``.
-        draw: its point; none: the search's own configuration.
-        seed: none: the search's.
-        confirms: label of the trial that it repeats with another seed; empty: it is one of the search itself;
-            ``"defaults"``: it repeats the search's own configuration.
-        state: ``pruned``: stopped early, by the scheduler or when the time was up.
-        value: of the checkpoint that it keeps; of a pruned one the best so far; none before there is one.
-        curve: (epoch, value) of every evaluation.
-        seconds: from its start to its end, earlier starts included.
-        message: what it failed of.
-        retries: how often its process was lost.
-    """
-
-    label: str
-    draw: Draw | None
-    seed: int | None = None
-    confirms: str = ""
-    state: TrialState = "waiting"
-    value: float | None = None
-    curve: tuple[tuple[int, float], ...] = ()
-    seconds: float = 0.0
-    message: str = ""
-    retries: int = 0
-
-    @property
-    def is_over(self) -> bool:
-        return self.state in _OVER
-
-    def save(self, run_dir: Path) -> None:
-        folder = run_dir / _FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / f"{self.label}.json", asdict(self))
-
-
-def read_trials(run_dir: Path) -> list[Trial]:
-    """Every trial that a search has begun, in the order of their names.
-
-    Raises:
-        RunError: the file of one is damaged.
-    """
-    return [_load(path) for path in sorted((run_dir / _FOLDER).glob("*.json"))]
-
-
-def _load(path: Path) -> Trial:
-    values = read_json(path)
-    # JSON has no NaN: what was none is null there.
-    values["curve"] = tuple((int(epoch), math.nan if value is None else value) for epoch, value in values["curve"])
-    return Trial(**values)
-
-
-def trial_folder(run_dir: Path, label: str) -> Path:
-    """The run folder of a trial."""
-    return run_dir / "trials" / label
+FAILED_SHARE = 1 / 3  # of the trials of a search, which ends it
 
 
 @dataclass
@@ -92,7 +30,7 @@ class TrialBoard:
         run_dir: of the search.
         journal: of the search.
         total: trials of the search.
-        better: whether the first value is better than the second.
+        maximise: whether more of the metric is better.
         configure: the configuration of a trial, as JSON.
         waiting: trials to be run before others are drawn.
         draw_next: draws a further trial of the search; none: there is none.
@@ -101,13 +39,14 @@ class TrialBoard:
         max_failed: the search ends when so many of its trials have failed.
         deadline: when the time of the search is up; none: never.
         on_start: told of a trial when it begins; ``on_end`` when it is over.
-        trials: by label; those of earlier starts that are over included.
+        trials: by label; those of earlier starts that are over, or wait for others, included.
+        population: says which trials go on after a pause; none: no trial pauses.
     """
 
     run_dir: Path
     journal: Journal
     total: int
-    better: Callable[[float, float], bool]
+    maximise: bool
     configure: Callable[[Trial], str]
     waiting: deque[Trial]
     draw_next: Callable[[], Trial | None]
@@ -118,6 +57,7 @@ class TrialBoard:
     on_start: Callable[[Trial], None]
     on_end: Callable[[Trial], None]
     trials: dict[str, Trial] = field(default_factory=dict)
+    population: Population | None = None
     confirms: bool = False
     _started: dict[str, float] = field(default_factory=dict)
 
@@ -128,9 +68,14 @@ class TrialBoard:
         if trial is not None:
             self._forget_failure(trial.label)
             self._keep(trial)
-            return TrialTask(trial.label, self.configure(trial), judged=not self.confirms)
-        if any(not other.is_over for other in self.trials.values()):
+            start = str(checkpoint_of_copy(self.run_dir, trial.label)) if trial.copy_of else ""
+            return TrialTask(trial.label, self.configure(trial), judged=not self.confirms, start_from=start)
+        rest = [other for other in self.trials.values() if not other.is_over]
+        if any(other.state != "paused" for other in rest):
             return "wait"
+        if rest:
+            self._evolve()
+            return self.next_trial()
         if self.confirms:
             return None
         self.confirms = True
@@ -139,8 +84,22 @@ class TrialBoard:
         self.waiting = deque(missing)
         return self.next_trial()
 
-    def is_late(self, label: str) -> bool:
-        return self._is_late and not self.trials[label].confirms
+    def _evolve(self) -> None:
+        assert self.population is not None  # or none would have paused
+        self.population.evolve(self.trials)
+        for trial in self.population.settle(self.trials):
+            self.total += 1
+            self._end(trial)
+        self.max_failed = max(self.max_failed, math.ceil(self.total * FAILED_SHARE))
+        for trial in [other for other in self.trials.values() if not other.is_over]:
+            self._keep(replace(trial, state="waiting", value=None))
+            self.waiting.append(self.trials[trial.label])
+
+    def ends(self, label: str, epoch: int) -> bool:
+        return not self.trials[label].confirms and (self._is_late or self._pauses(epoch))
+
+    def _pauses(self, epoch: int) -> bool:
+        return self.population is not None and self.population.pauses(epoch)
 
     @property
     def _is_late(self) -> bool:
@@ -167,12 +126,21 @@ class TrialBoard:
     def ended(self, label: str, error: str | None) -> None:
         trial = self._judge(self.trials[label], error)
         trial = replace(trial, seconds=self._seconds(trial))
+        self._started.pop(label, None)
+        if trial.is_over:
+            self._end(trial)
+        else:
+            self._keep(trial)
+            self._tell_event(label)
+
+    def _end(self, trial: Trial) -> None:
         if not trial.confirms:
             self.tell(trial)
         self._keep(trial)
-        self._started.pop(label, None)
+        if self.population is not None:
+            self.population.forget(trial)
         self.on_end(trial)
-        self._tell_event(label)
+        self._tell_event(trial.label)
 
     def returned(self, label: str) -> None:
         # Not among the trials until it is given out again, which after the deadline it is not.
@@ -196,11 +164,8 @@ class TrialBoard:
             error = str(result.get("error", error))
         if error is not None:
             return replace(trial, state="failed", message=error)
-        best: float | None = None
-        for _, value in trial.curve:
-            if math.isfinite(value):
-                best = value if best is None or self.better(value, best) else best
-        return replace(trial, state="pruned", value=best)
+        paused = bool(trial.curve) and self._pauses(trial.curve[-1][0])
+        return replace(trial, state="paused" if paused else "pruned", value=trial.best_value(self.maximise))
 
     def _forget_failure(self, label: str) -> None:
         """What a trial failed of in an earlier start says nothing about this one."""
@@ -229,7 +194,7 @@ class TrialBoard:
         return (
             trial.state == "finished"
             and value is not None
-            and all(other is None or self.better(value, other) for other in others)
+            and all(other is None or (value > other if self.maximise else value < other) for other in others)
         )
 
     def _tell_event(self, label: str) -> None:
@@ -249,32 +214,3 @@ class TrialBoard:
             "num_trials": self.total,
         }
         self.journal.emit(Event("trial", data))
-
-
-def best_trials(trials: Iterable[Trial], maximise: bool) -> list[Trial]:
-    """Finished trials of the search itself, the best first; of equals the earlier."""
-    finished = [trial for trial in trials if trial.state == "finished" and not trial.confirms]
-    sign = -1.0 if maximise else 1.0
-    return sorted((trial for trial in finished if trial.value is not None), key=lambda trial: sign * (trial.value or 0))
-
-
-def unfinished(trials: Iterable[Trial]) -> Iterator[Trial]:
-    """Those that were begun and have come to nothing yet; what one failed of may be gone by now."""
-    return (
-        replace(trial, state="waiting", message="") for trial in trials if trial.state not in ("finished", "pruned")
-    )
-
-
-def past_trials(trials: Iterable[Trial]) -> list[PastTrial]:
-    """The search's own trials that are over, for samplers, schedulers and charts."""
-    return [
-        PastTrial(
-            trial.label,
-            trial.draw or {},
-            None if trial.state == "failed" else trial.value,
-            trial.curve,
-            trial.state == "pruned",
-        )
-        for trial in trials
-        if trial.is_over and not trial.confirms
-    ]

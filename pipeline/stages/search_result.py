@@ -29,8 +29,8 @@ from pipeline.report.search import (
 from pipeline.report.search_charts import importances, render_charts
 from pipeline.search.study import make_study
 from pipeline.stages.execution import student_device, worker_bundle
-from pipeline.stages.search_board import Trial, best_trials, past_trials, read_trials, trial_folder
 from pipeline.stages.search_configs import TrialConfigs, describe_draw
+from pipeline.stages.search_trials import Trial, best_trials, past_trials, read_trials, trial_folder
 from pipeline.stages.search_winner import (
     DEFAULTS,
     Confirmed,

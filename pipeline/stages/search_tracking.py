@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from pipeline.config.runs import Run
 from pipeline.config.stored import read_run
 from pipeline.contracts.events import Event, Journal
 from pipeline.errors import PipelineError
-from pipeline.stages.search_board import Trial, trial_folder
+from pipeline.stages.search_trials import Trial, trial_folder
 from pipeline.tracking import Tracker, has_unsent
 
 _LOOK_S = 1.0
@@ -31,6 +31,7 @@ class TrialTrackers:
     def __init__(self, run: Run, dataset: Mapping[str, Any]) -> None:
         self._run, self._dataset = run, dataset
         self._waiting: list[Path] = []
+        self._copies: dict[Path, str] = {}  # to the trial that it was copied from
         self._trackers: dict[Path, Tracker] = {}
         self._ended: list[Path] = []
         self._unsent: list[Path] = []
@@ -40,9 +41,11 @@ class TrialTrackers:
         self._thread = threading.Thread(target=self._loop, name="trial-trackers", daemon=True)
         self._thread.start()
 
-    def follow(self, label: str) -> None:
+    def follow(self, trial: Trial) -> None:
         """A trial began, or an earlier one has something that was not sent."""
-        folder = trial_folder(self._run.dir, label)
+        folder = trial_folder(self._run.dir, trial.label)
+        if trial.copy_of:
+            self._copies[folder] = trial.copy_of
         with self._lock:
             if folder not in self._waiting and folder not in self._trackers:
                 self._waiting.append(folder)
@@ -53,6 +56,7 @@ class TrialTrackers:
         self._over.add(folder)
         if trial.state == "pruned":
             message = f"stopped early after {trial.curve[-1][0]} epochs" if trial.curve else "stopped early"
+            message += f": {trial.message}" if trial.message else ""
             self._write(folder, {"status": "finished", "message": message, "outcome": "pruned"})
         elif trial.state == "failed":
             self._write(folder, {"status": "failed", "message": trial.message, "outcome": "failed"})
@@ -113,6 +117,9 @@ class TrialTrackers:
     def _open(self, folder: Path, parent: str) -> Tracker:
         stored = read_run(folder)
         tracking = self._run.config.tracking
+        tags = {"command": stored.command, "config_hash": stored.config_hash, "trial": folder.name}
+        if folder in self._copies:
+            tags["copy_of"] = self._copies[folder]
         return Tracker.open(
             tracking.uri or "",
             tracking.experiment,
@@ -120,20 +127,20 @@ class TrialTrackers:
             stored.name,
             required=False,
             params=stored.raw,
-            tags={"command": stored.command, "config_hash": stored.config_hash, "trial": folder.name},
+            tags=tags,
             dataset=self._dataset,
             parent_run_id=parent,
         )
 
 
-def list_unsent(run: Run, labels: list[str]) -> list[str]:
+def list_unsent(run: Run, trials: Iterable[Trial]) -> list[Trial]:
     """The trials of which the server lacks something."""
     uri = run.config.tracking.uri or ""
     unsent = []
-    for label in labels:
+    for trial in trials:
         try:
-            if has_unsent(trial_folder(run.dir, label), uri):
-                unsent.append(label)
+            if has_unsent(trial_folder(run.dir, trial.label), uri):
+                unsent.append(trial)
         except PipelineError:  # a damaged record of what was sent: it is sent again
-            unsent.append(label)
+            unsent.append(trial)
     return unsent

@@ -14,8 +14,8 @@ from pipeline.evaluation.bootstrap import Interval
 from pipeline.evaluation.seeds import mean_over_seeds
 from pipeline.report.search import Candidate
 from pipeline.search import Draw
-from pipeline.stages.search_board import Trial
 from pipeline.stages.search_configs import TrialConfigs, describe_draw
+from pipeline.stages.search_trials import Trial
 
 DEFAULTS = "defaults"
 CHOICE = "winner"
@@ -58,7 +58,7 @@ def confirmations(
     for trial in best:
         if default_point and trial.draw == default_point:
             default_value = trial.value
-        elif len(points) < confirm.top:
+        elif len(points) < confirm.top and all(trial.draw != draw for _, draw, _ in points):
             points.append((trial.label, trial.draw, trial.value))
     points.append((DEFAULTS, None, default_value))
     confirmed, missing = [], []

@@ -22,15 +22,19 @@ from pipeline.contracts.events import Emitter, Event, Journal
 from pipeline.data import DataSource, SplitReader
 from pipeline.data.cache import CacheKey, LogitsReader
 from pipeline.errors import PipelineError, TrainingError
+from pipeline.search import TrialTask
 from pipeline.stages.cached import make_decoder
 from pipeline.stages.search_configs import TRIAL_COMMAND
 from pipeline.stages.skipped import SkippedRows
 from pipeline.stages.training import keep_best, write_evaluations
 from pipeline.stages.work import CheckedTeacher, plan_work
 from pipeline.training import InProcessSource, LocalContext, RunSpec, TrainState, build_job, make_planner, train
-from pipeline.training.context import process_group
+from pipeline.training.context import find_local, process_group
+from pipeline.training.state import read_state
 
 Report = Callable[[int, float], None]
+
+_LEAVES_WITHIN_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -74,34 +78,34 @@ class _Part:
     """What the other workers of a trial are sent.
 
     Attributes:
-        config: of the trial, as JSON.
         place: its run folder, for the checkpoint to go on from.
     """
 
-    config: str
+    task: TrialTask
     spec: RunSpec
     place: Path
     world_size: int
 
 
-def run_trial(inputs: TrialInputs, label: str, config: str, report: Report, team: Team | None = None) -> None:
+def run_trial(inputs: TrialInputs, task: TrialTask, report: Report, team: Team | None = None) -> None:
     """Trains a trial to its end, or as long as ``report`` returns; its run folder says what came of it.
 
     What our own errors say is kept in the run folder, for the same would happen again; any other is raised.
 
     Args:
-        config: of the trial, as JSON.
         report: takes epoch and value of an evaluation; it raises SystemExit where the trial is to end.
         team: none: this is the only worker.
     """
-    parsed = build_config(json.loads(config), TRIAL_COMMAND)
-    with open_run(TRIAL_COMMAND, parsed, provenance=lambda: inputs.provenance) as run, _own_process_state(parsed):
+    parsed = _config(task)
+    # The process that paused this trial may still be about to leave its folder.
+    run = open_run(TRIAL_COMMAND, parsed, provenance=lambda: inputs.provenance, wait_s=_LEAVES_WITHIN_S)
+    with run, _own_process_state(parsed):
         if not run.finished:
             journal = Journal(run.dir / "events.jsonl")
             run.set_status("running")
             journal.emit(Event("status", {"status": "running", "message": ""}))
             try:
-                _train(inputs, run, journal, report, team)
+                _train(inputs, run, task, journal, report, team)
             except PipelineError as error:
                 run.write_result("failed", {}, exit_code=1, error=error.message)
                 journal.emit(Event("status", {"status": "failed", "message": error.message}))
@@ -111,7 +115,7 @@ def run_trial(inputs: TrialInputs, label: str, config: str, report: Report, team
     report(parsed.train.epochs, result["last_value"])
 
 
-def _train(inputs: TrialInputs, run: Run, journal: Journal, report: Report, team: Team | None) -> None:
+def _train(inputs: TrialInputs, run: Run, task: TrialTask, journal: Journal, report: Report, team: Team | None) -> None:
     config = run.config
     work = plan_work(run, inputs.source, inputs.teacher, inputs.reader)
     skipped = SkippedRows(run.dir, journal)
@@ -124,11 +128,15 @@ def _train(inputs: TrialInputs, run: Run, journal: Journal, report: Report, team
         if step < plan.num_steps and plan.ends_epoch(step) and epoch % config.train.evaluate_every == 0:
             report(epoch, metrics[inputs.metric])
 
-    make_context = partial(LocalContext, run.dir / "checkpoints", journal, _device(config), committed=tell)
+    make_context = partial(
+        LocalContext, run.dir / "checkpoints", journal, _device(config), _start(task), committed=tell
+    )
+    if (folder := find_local(run.dir / "checkpoints")) is not None:
+        tell(_read_metrics(folder))  # whoever should have been told may have been gone by then
     if team is None:
         state = _train_worker(inputs, config, spec, make_context(), skipped)
     else:
-        part = _Part(config.model_dump_json(), spec, run.dir, team.size)
+        part = _Part(task._replace(config=config.model_dump_json()), spec, run.dir, team.size)
         with (
             team.beside(_train_beside, part, skipped) as address,
             process_group(_device(config), 0, team.size, address) as store,
@@ -149,13 +157,18 @@ def _train(inputs: TrialInputs, run: Run, journal: Journal, report: Report, team
     run.write_result("finished", best.metrics, extra)
 
 
+def _read_metrics(folder: Path) -> dict[str, float]:
+    saved = read_state(folder)
+    return {**saved["last_metrics"], "step": saved["step"]}
+
+
 def _train_beside(inputs: TrialInputs, part: _Part, rank: int, address: str, emitter: Emitter) -> None:
     """A worker that is not rank 0."""
-    config = build_config(json.loads(part.config), TRIAL_COMMAND)
+    config = _config(part.task)
     device, size = _device(config), part.world_size
     with _own_process_state(config), process_group(device, rank, size, address) as store:
         folder = part.place / "checkpoints"
-        context = LocalContext(folder, emitter, device, rank=rank, world_size=size, store=store)
+        context = LocalContext(folder, emitter, device, _start(part.task), rank=rank, world_size=size, store=store)
         _train_worker(inputs, config, part.spec, context, emitter)
 
 
@@ -184,6 +197,14 @@ def _train_worker(
         world_size=context.world_size,
     )
     return train(build_job(spec, inputs.source, emitter), context, source)
+
+
+def _config(task: TrialTask) -> Config:
+    return build_config(json.loads(task.config), TRIAL_COMMAND)
+
+
+def _start(task: TrialTask) -> Path | None:
+    return Path(task.start_from) if task.start_from else None
 
 
 def _device(config: Config) -> torch.device:

@@ -137,6 +137,11 @@ def build_ema(classifier: Classifier, decay: float | None) -> AveragedModel | No
     return AveragedModel(classifier, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
+def forget_best(folder: Path) -> None:
+    """Takes the best weights so far out of a checkpoint: whoever goes on from it begins to count anew."""
+    torch.save({**read_state(folder), "best": None}, folder / STATE_FILE)
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """The raw content of a checkpoint folder, on the CPU."""
     try:

@@ -58,3 +58,14 @@ def workspace(made: tuple[Path, Ended, Ended], tmp_path: Path) -> Path:
     """A folder with its own copy of the teacher."""
     shutil.copytree(made[0] / "runs" / "teacher", tmp_path / "runs" / "teacher")
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def search_place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A folder with a cache, and what a search in it is given: then no pool of teachers has to start."""
+    from tests.integration.searches import CONFIRM, prepare  # with torch
+
+    folder = tmp_path_factory.mktemp("searches")
+    overrides = prepare(folder)
+    assert main(["cache", "build", *overrides, "cluster=inprocess", f"run.dir={folder / 'build'}"]) == 0
+    return folder, [*overrides, *CONFIRM]

@@ -1,19 +1,16 @@
-"""A search on Ray, from the cache to the winner; one whose driver is killed; one whose trial loses its process."""
+"""A search on Ray, from the cache to the winner; one whose trial loses its process."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 import urllib.parse
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -23,39 +20,13 @@ from safetensors.torch import load_file
 from pipeline.cli.main import main
 from pipeline.config.results import read_run_id
 from pipeline.contracts.events import read_events
-from pipeline.data.gaussians import GaussiansParams
-from pipeline.models import build_classifier
-from pipeline.models.mlp import MLPParams
-from pipeline.stages.search_board import read_trials
+from pipeline.stages.search_trials import read_trials
 from tests.integration.commands import events_of, mlflow_client, read_result, wait_until
 from tests.integration.conftest import FAKE_ACCELERATOR
 from tests.integration.mlflow_server import Server
+from tests.integration.searches import CONFIRM, ROWS, WAIT_S, children, prepare
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-
-ROWS = 1_280  # a multiple of the batch: no row is computed to fill up a block
-DATA = ["data=gaussians", f"data.num_train={ROWS}", "data.num_validation=500", "data.num_test=500"]
-STUDENT = ["student=mlp", "student.hidden=[8]", "train.epochs=3", "train.optimizer.lr=0.05"]
-CONFIRM = ["search.confirm.top=2", "search.confirm.seeds=2", "search.max_concurrent=2"]
-WAIT_S = 300.0
-
-
-def prepare(folder: Path) -> list[str]:
-    """Overrides of runs with an untrained teacher."""
-    torch.manual_seed(0)
-    spec = GaussiansParams(num_train=ROWS, num_validation=500, num_test=500).open().spec
-    torch.save(build_classifier(MLPParams(hidden=(16,)), spec).network.state_dict(), folder / "teacher.pt")
-    teacher = ["teacher=mlp", "teacher.hidden=[16]", f"teacher.checkpoint={folder / 'teacher.pt'}"]
-    return [*DATA, *STUDENT, *teacher, f"cache.path={folder / 'cache'}"]
-
-
-@pytest.fixture(scope="module")
-def common(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A folder with a cache, and what a search in it is given: then no pool of teachers has to start."""
-    folder = tmp_path_factory.mktemp("searches")
-    overrides = prepare(folder)
-    assert main(["cache", "build", *overrides, "cluster=inprocess", f"run.dir={folder / 'build'}"]) == 0
-    return folder, [*overrides, *CONFIRM]
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -64,14 +35,6 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 
 def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def children(search: Path, client: Any = None) -> list[Any]:
-    """The tracker's runs of a search's trials."""
-    client = client or mlflow_client(f"sqlite:///{search.parent / 'mlflow.db'}")
-    parent = read_run_id(search)
-    experiment = client.get_experiment_by_name("distillation").experiment_id
-    return client.search_runs([experiment], f"tags.mlflow.parentRunId = '{parent}'", max_results=1000)
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -128,9 +91,9 @@ def test_from_the_cache_to_the_winner(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def failing(common: tuple[Path, list[str]], ray_cluster: None) -> Path:
+def failing(search_place: tuple[Path, list[str]], ray_cluster: None) -> Path:
     """A search over a grid of learning rates, with one that is far too high."""
-    folder, overrides = common
+    folder, overrides = search_place
     space = folder / "rates.yaml"
     rates = "[0.05, 1.0e+30, 0.02, 0.01]"
     space.write_text(f"space: {{train: {{optimizer: {{lr: {{distribution: choice, options: {rates}}}}}}}}}")
@@ -176,7 +139,7 @@ def test_the_pages_of_a_search(failing: Path) -> None:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_search_whose_tracking_server_goes_away(
-    common: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    search_place: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It comes to its end without, and what the server lacks is sent by the next look at the search."""
     search, server = tmp_path / "search", Server(tmp_path)
@@ -191,7 +154,7 @@ def test_a_search_whose_tracking_server_goes_away(
     options = ["search=temperature", "search.num_trials=3", "search.scheduler=none", f"tracking.uri={server.uri}"]
     confirm = ["search.confirm.top=1", "search.confirm.seeds=1"]
     try:
-        assert main(["search", *common[1], *options, *confirm, f"run.dir={search}"]) == 0
+        assert main(["search", *search_place[1], *options, *confirm, f"run.dir={search}"]) == 0
         thread.join()
         assert read_result(search)["status"] == "finished"
         assert "not everything was sent" in capsys.readouterr().out
@@ -215,21 +178,21 @@ def _open(browser: str, address: str, profile: Path) -> str:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_too_many_failures_end_the_search(
-    common: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    search_place: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    search = common[0] / "failed"
+    search = search_place[0] / "failed"
     space = tmp_path / "rates.yaml"
     space.write_text("space: {train: {optimizer: {lr: {distribution: uniform, low: 1.0e+30, high: 2.0e+30}}}}")
     overrides = [f"search={space}", "search.num_trials=6", "search.searcher=random", f"run.dir={search}"]
-    assert main(["search", *common[1], *overrides]) == 1
+    assert main(["search", *search_place[1], *overrides]) == 1
     assert "of 6 trials failed, which ends the search" in capsys.readouterr().err
     assert read_result(search)["status"] == "failed"
     assert sum(trial.state == "failed" for trial in read_trials(search)) in (2, 3)
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_trial_whose_process_is_lost_goes_on(common: tuple[Path, list[str]]) -> None:
-    search = common[0] / "lost"
+def test_a_trial_whose_process_is_lost_goes_on(search_place: tuple[Path, list[str]]) -> None:
+    search = search_place[0] / "lost"
     killed: list[int] = []
 
     def kill_one() -> None:
@@ -246,7 +209,7 @@ def test_a_trial_whose_process_is_lost_goes_on(common: tuple[Path, list[str]]) -
     thread = threading.Thread(target=kill_one)
     thread.start()
     options = ["search=temperature", "search.num_trials=2", "search.scheduler=none", "train.epochs=40"]
-    assert main(["search", *common[1], *options, "search.confirm.top=1", f"run.dir={search}"]) == 0
+    assert main(["search", *search_place[1], *options, "search.confirm.top=1", f"run.dir={search}"]) == 0
     thread.join()
     assert killed
     trials = read_trials(search)
@@ -261,9 +224,9 @@ def test_a_trial_whose_process_is_lost_goes_on(common: tuple[Path, list[str]]) -
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_trials_of_two_workers(common: tuple[Path, list[str]], tmp_path: Path) -> None:
+def test_trials_of_two_workers(search_place: tuple[Path, list[str]], tmp_path: Path) -> None:
     """There is room for one at a time: what is stopped early, or loses a worker, gives back what it held."""
-    search = common[0] / "two-workers"
+    search = search_place[0] / "two-workers"
     space = tmp_path / "rates.yaml"
     rates = "[0.05, 1.0e-6, 2.0e-6, 3.0e-6]"
     space.write_text(f"space: {{train: {{optimizer: {{lr: {{distribution: choice, options: {rates}}}}}}}}}")
@@ -286,7 +249,7 @@ def test_trials_of_two_workers(common: tuple[Path, list[str]], tmp_path: Path) -
         f"cluster.resources_per_worker={{{FAKE_ACCELERATOR}:2}}",
     ]
     confirm = ["search.confirm.top=1", "search.confirm.seeds=1", "train.epochs=30", "train.num_threads=1"]
-    assert main(["search", *common[1], f"search={space}", *options, *confirm, f"run.dir={search}"]) == 0
+    assert main(["search", *search_place[1], f"search={space}", *options, *confirm, f"run.dir={search}"]) == 0
     thread.join()
     assert killed
 
@@ -295,7 +258,13 @@ def test_trials_of_two_workers(common: tuple[Path, list[str]], tmp_path: Path) -
     assert [trials[f"{number:04d}"].state for number in range(4)] == ["finished", "pruned", "pruned", "pruned"]
 
     # Two workers with a block each take the steps of one with two blocks.
-    alone = ["distill", *common[1][: -len(CONFIRM)], "teacher.source=cached", "cluster=inprocess", "train.epochs=30"]
+    alone = [
+        "distill",
+        *search_place[1][: -len(CONFIRM)],
+        "teacher.source=cached",
+        "cluster=inprocess",
+        "train.epochs=30",
+    ]
     assert main([*alone, "train.blocks_per_step=2", "evaluation.test=false", f"run.dir={tmp_path / 'alone'}"]) == 0
     expected, found = weights(tmp_path / "alone"), weights(search / "trials" / "0000")
     assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in expected)
@@ -306,49 +275,3 @@ def _is_member(process: psutil.Process) -> bool:
         return process.name().startswith("ray::_Member")
     except psutil.NoSuchProcess:
         return False
-
-
-@pytest.mark.bench  # four minutes
-def test_a_driver_that_is_killed_three_times(common: tuple[Path, list[str]], tmp_path: Path) -> None:
-    """Each start has a Ray of its own, which dies with its driver."""
-    search, moments = common[0] / "killed", random.Random(1)
-    options = ["search=temperature", "search.num_trials=10", "cluster.address=local", "train.epochs=12"]
-    command = ["search", *common[1], *options, f"run.dir={search}"]
-    finished: dict[str, Any] = {}
-    for number in range(3):
-        process = _start(tmp_path, command)
-        begun = sum(trial.state != "waiting" for trial in read_trials(search))
-        target = begun + moments.randint(1, 3)
-        deadline = time.monotonic() + WAIT_S
-        while sum(bool(trial.curve) for trial in read_trials(search)) < target:
-            assert process.poll() is None, (tmp_path / "search.log").read_text()
-            assert time.monotonic() < deadline, (tmp_path / "search.log").read_text()
-            time.sleep(0.02)  # between two polls
-        process.kill()
-        process.wait()
-        over = {trial.label: trial for trial in read_trials(search) if trial.state in ("finished", "pruned")}
-        assert finished.items() <= over.items(), number  # none was done twice
-        finished = over
-        command = ["search", f"resume={search}"]
-    process = _start(tmp_path, command)
-    assert process.wait(timeout=300) == 0, (tmp_path / "search.log").read_text()
-    trials = {trial.label: trial for trial in read_trials(search)}
-    assert finished.items() <= trials.items()
-    own = [trial for trial in trials.values() if not trial.confirms]
-    assert [trial.label for trial in own] == [f"{number:04d}" for number in range(10)]
-    assert len({str(trial.draw) for trial in own}) == 10
-    assert all(trial.is_over for trial in trials.values())
-    runs = children(search)
-    assert sorted(run.data.tags["trial"] for run in runs) == sorted(trials)
-    assert {run.info.status for run in runs} == {"FINISHED"}
-
-
-def _start(folder: Path, command: list[str]) -> subprocess.Popen[bytes]:
-    with (folder / "search.log").open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "pipeline", *command],
-            cwd=folder,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=log,
-            stderr=log,
-        )

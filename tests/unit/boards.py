@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import operator
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +10,9 @@ from typing import Any
 
 from pipeline.contracts.events import Journal, read_events
 from pipeline.search import TrialTask
-from pipeline.stages.search_board import Trial, TrialBoard, read_trials, trial_folder
+from pipeline.stages.search_board import TrialBoard
+from pipeline.stages.search_population import Population
+from pipeline.stages.search_trials import Trial, read_trials, trial_folder
 
 
 class Bench:
@@ -28,6 +29,7 @@ class Bench:
         num_drawn: int = 3,
         max_failed: int = 2,
         deadline: float | None = None,
+        population: Population | None = None,
     ) -> None:
         self.folder = folder
         self.told: list[Trial] = []
@@ -40,7 +42,7 @@ class Bench:
             run_dir=folder,
             journal=Journal(folder / "events.jsonl"),
             total=num_drawn + len(list(waiting)) + len(list(earlier)),
-            better=operator.gt if maximise else operator.lt,
+            maximise=maximise,
             configure=lambda trial: f"configuration of {trial.label}",
             waiting=deque(waiting),
             draw_next=self._draw,
@@ -51,6 +53,7 @@ class Bench:
             on_start=self.begun.append,
             on_end=self.over.append,
             trials={trial.label: trial for trial in earlier},
+            population=population,
         )
 
     def _draw(self) -> Trial | None:

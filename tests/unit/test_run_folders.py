@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,15 @@ def test_one_process_at_a_time() -> None:
     with open_run("distill", build("run.dir=a")), pytest.raises(RunError, match=in_use):
         open_run("distill", build("run.dir=a"))
     assert open_and_close("run.dir=a").resumed
+
+
+def test_who_waits_has_the_folder_once_it_is_left(working_folder: Path) -> None:
+    first = open_run("distill", build("run.dir=a"))
+    leaves = threading.Timer(0.3, first.close)
+    leaves.start()
+    with open_run("distill", build("run.dir=a"), wait_s=60.0) as run:
+        assert run.resumed
+    leaves.join()
 
 
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.search import TrialTask
 from pipeline.search.study import PastTrial
-from pipeline.stages.search_board import (
+from pipeline.stages.search_trials import (
     Trial,
     best_trials,
     past_trials,
@@ -169,14 +169,14 @@ def test_seconds_add_up_over_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_after_the_deadline_what_runs_ends_and_the_best_are_confirmed(tmp_path: Path) -> None:
     bench = Bench(tmp_path, confirms=[repeat("0000")], deadline=time.time() + 1000)
     label = bench.begin()
-    assert not bench.board.is_late(label)
+    assert not bench.board.ends(label, 1)
     bench.board.deadline = time.time() - 1
-    assert bench.board.is_late(label)
+    assert bench.board.ends(label, 1)
     assert bench.board.next_trial() == "wait"
     bench.finish(label)
     confirming = bench.begin()
     assert confirming == "0000-s1"
-    assert not bench.board.is_late(confirming)
+    assert not bench.board.ends(confirming, 1)
 
 
 def test_after_the_deadline_no_trial_of_an_earlier_start_is_begun(tmp_path: Path) -> None:

@@ -273,6 +273,17 @@ def test_the_rest_takes_as_long_as_what_is_done() -> None:
     assert state.count() == "2 of 4 done, 1 pruned"
 
 
+def test_where_trials_wait_for_each_other_those_that_are_over_say_nothing_of_the_rest() -> None:
+    state = TrialsState()
+    state.update(trial_event("0001", "paused", 0, 10))
+    assert state.count() == "0 of 4 done, 1 paused"
+    state.update(trial_event("0001", "pruned", 1, 20))
+    assert state.time_left_s(START + 20) is None
+    for label, num_done in (("0001-s1", 0), ("0001-s2", 1)):
+        state.update(trial_event(label, "finished", num_done, 30 + 10 * num_done, phase="confirm", num_trials=2))
+    assert state.time_left_s(START + 40) == pytest.approx(10)
+
+
 def test_confirming_begins_anew() -> None:
     state = TrialsState()
     state.update(trial_event("0000", "finished", 1, 0, best=True, value=0.9))

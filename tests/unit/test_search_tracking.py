@@ -13,8 +13,8 @@ import pytest
 from pipeline.config.runs import Run, open_run
 from pipeline.contracts.events import Event, Journal
 from pipeline.stages import search_tracking
-from pipeline.stages.search_board import Trial, trial_folder
 from pipeline.stages.search_tracking import TrialTrackers, list_unsent
+from pipeline.stages.search_trials import Trial, trial_folder
 from pipeline.tracking import Tracker
 from pipeline.tracking.connection import Connection
 from pipeline.tracking.quiet import import_mlflow
@@ -77,8 +77,8 @@ def test_each_trial_has_a_run_below_the_search(search: Run) -> None:
     ]
     for trial in ended:
         write_trial(search, trial.label)
-        trackers.follow(trial.label)
-        trackers.follow(trial.label)
+        trackers.follow(trial)
+        trackers.follow(trial)
         trackers.end(trial)
     assert trackers.close() == ""
 
@@ -99,36 +99,38 @@ def test_each_trial_has_a_run_below_the_search(search: Run) -> None:
         assert run.data.tags["command"] == "distill"
         assert run.data.metrics["val/top1"] == 0.5
         assert run.data.params["loss.name"] == "kd"
-    assert list_unsent(search, ["0000", "0001", "0002"]) == []
+    assert list_unsent(search, ended) == []
 
 
 def test_nothing_is_sent_before_the_server_has_the_search(search: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("nothing is known of the search")
 
+    trial = Trial("0000", {}, copy_of="0003")
     (search.dir / "tracking.json").unlink()
     write_trial(search, "0000")
     with monkeypatch.context() as patch:
         patch.setattr(Tracker, "open", refuse)
         trackers = TrialTrackers(search, {})
-        trackers.follow("0000")
+        trackers.follow(trial)
         trackers.end(Trial("0000", {}, state="finished", value=0.5))
         problem = trackers.close()
     assert problem == "not all of 1 trials was sent (the first: 0000: the server does not have the search yet)"
-    assert list_unsent(search, ["0000"]) == ["0000"]
+    assert list_unsent(search, [trial]) == [trial]
 
     know_parent(search)
     later = TrialTrackers(search, {})
-    later.follow("0000")
+    later.follow(trial)
     assert later.close() == ""
-    assert list_unsent(search, ["0000"]) == []
+    assert list_unsent(search, [trial]) == []
+    assert find_children(search)["s/0000"].data.tags["copy_of"] == "0003"
 
 
 def test_a_killed_search_records_what_ran(search: Run) -> None:
     trackers = TrialTrackers(search, {})
     for label in ("0000", "0001"):
         write_trial(search, label)
-        trackers.follow(label)
+        trackers.follow(Trial(label, {}))
     while len(trackers._trackers) < 2:
         trackers._stopped.wait(0.01)
     trackers.end(Trial("0000", {}, state="finished", value=0.5))
@@ -142,7 +144,7 @@ def test_a_killed_search_records_what_ran(search: Run) -> None:
 
 def test_a_trial_that_left_nothing_has_no_run(search: Run) -> None:
     trackers = TrialTrackers(search, {})
-    trackers.follow("0000")
+    trackers.follow(Trial("0000", {}))
     trackers.end(Trial("0000", {}, state="failed", message="its process died"))
     assert trackers.close() == ""
     assert not trial_folder(search.dir, "0000").exists()

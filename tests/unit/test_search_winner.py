@@ -15,8 +15,8 @@ from pipeline.config.schema import Config, drop_path
 from pipeline.config.stored import identity
 from pipeline.evaluation.seeds import mean_over_seeds
 from pipeline.search import Draw
-from pipeline.stages.search_board import Trial
 from pipeline.stages.search_configs import TrialConfigs
+from pipeline.stages.search_trials import Trial
 from pipeline.stages.search_winner import (
     DEFAULTS,
     Confirmed,

@@ -79,6 +79,16 @@ def _(place: Place) -> list[str]:
     return search(place, "search.searcher=grid")
 
 
+@mistake("a network's size that changes while it trains")
+def _(place: Place) -> list[str]:
+    return search(place, "search.scheduler=pbt", *axis("student.width", "integer", 8, 16))
+
+
+@mistake("a population with a time limit")
+def _(place: Place) -> list[str]:
+    return search(place, "search.scheduler=pbt", "search.time_budget_s=60")
+
+
 @mistake("a search without Ray")
 def _(place: Place) -> list[str]:
     return search(place, "cluster=inprocess")
