@@ -25,6 +25,7 @@ class TrialRow:
         value: of the metric; none: there was none.
         seed: none: that of the search.
         confirms: label of the trial that it repeats; empty: none.
+        copy_of: label of the trial with whose weights it began; empty: none.
     """
 
     label: str
@@ -36,6 +37,7 @@ class TrialRow:
     seed: int | None = None
     confirms: str = ""
     message: str = ""
+    copy_of: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def render_trials(title: str, rows: Sequence[TrialRow], metric: str, maximise: b
     axes = list(dict.fromkeys(name for row in ordered for name in row.values))
     paths = [name.rpartition(": ")[2] for name in axes]
     cells = [
-        [row.label, row.state, row.value, row.epochs, format_duration(row.seconds), _values(row, axes, paths)]
+        [_label(row), row.state, row.value, row.epochs, format_duration(row.seconds), _values(row, axes, paths)]
         for row in ordered[:_MAX_ROWS]
     ]
     table = render_table(title, ("trial", "state", metric, "epochs", "time", "values"), cells)
@@ -81,6 +83,10 @@ def sort_rows(rows: Sequence[TrialRow], maximise: bool) -> list[TrialRow]:
     return sorted(rows, key=key)
 
 
+def _label(row: TrialRow) -> str:
+    return f"{row.label} from {row.copy_of}" if row.copy_of else row.label
+
+
 def _values(row: TrialRow, axes: Sequence[str], paths: Sequence[str]) -> str:
     parts = []
     for name, path in zip(axes, paths, strict=True):
@@ -96,14 +102,13 @@ def trials_csv(rows: Sequence[TrialRow]) -> str:
     axes = list(dict.fromkeys(name for row in rows for name in row.values))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trial", "state", "value", "epochs", "seconds", "seed", "confirms", *axes, "message"])
+    writer.writerow(["trial", "state", "value", "epochs", "seconds", "seed", "confirms", "copy_of", *axes, "message"])
     for row in rows:
         value = "" if row.value is None else repr(row.value)
         seed = "" if row.seed is None else row.seed
         cells = [row.values.get(name, "") for name in axes]
-        writer.writerow(
-            [row.label, row.state, value, row.epochs, f"{row.seconds:.2f}", seed, row.confirms, *cells, row.message]
-        )
+        facts = [row.label, row.state, value, row.epochs, f"{row.seconds:.2f}", seed, row.confirms, row.copy_of]
+        writer.writerow([*facts, *cells, row.message])
     return text.getvalue()
 
 

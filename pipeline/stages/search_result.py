@@ -116,7 +116,7 @@ def trial_row(trial: Trial) -> TrialRow:
     epochs = trial.curve[-1][0] if trial.curve else 0
     return TrialRow(
         trial.label, trial.state, trial.value, epochs, trial.seconds, trial.draw or {}, trial.seed, trial.confirms,
-        trial.message,
+        trial.message, trial.copy_of,
     )  # fmt: skip
 
 

@@ -98,6 +98,13 @@ def test_a_table_has_what_was_varied() -> None:
     assert lines_with(table, "0003")[0].endswith("as configured")
 
 
+def test_a_copy_is_shown_with_the_trial_that_it_came_from() -> None:
+    rows = [row("0000"), row("0004", copy_of="0000")]
+    table = render_trials("2 trials", rows, "val/top1", True)
+    assert [line.split("  ")[0] for line in table.splitlines()[-2:]] == ["0000", "0004 from 0000"]
+    assert [found["copy_of"] for found in csv.DictReader(io.StringIO(trials_csv(rows)))] == ["", "0000"]
+
+
 def test_tables_fit_a_terminal() -> None:
     values = {f"train.optimizer.a_long_name_{index}": 0.123456789 for index in range(9)}
     rows = [row(f"{index:04d}", value=index / 100, values=values) for index in range(40)]
