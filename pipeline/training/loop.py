@@ -20,7 +20,6 @@ from pipeline.evaluation import METRIC_DIRECTIONS
 from pipeline.losses import Objective, Signals
 from pipeline.models import Classifier
 from pipeline.training.context import BatchSource, WorkerContext, check_block, check_labels
-from pipeline.training.memory import keep_freed_memory
 from pipeline.training.optim import build_optimizer, learning_rate, set_learning_rate
 from pipeline.training.params import TrainParams
 from pipeline.training.plan import RunPlan
@@ -61,8 +60,6 @@ class _Loop:
     """Local state of one call of ``train``."""
 
     def __init__(self, job: TrainJob, context: WorkerContext) -> None:
-        if context.device.type == "cpu":
-            keep_freed_memory()
         self.job, self.context, self.params, self.plan = job, context, job.params, job.plan
         self.blocks_per_worker = job.plan.blocks_per_step // context.world_size
         classifier = job.classifier.to(context.device)
