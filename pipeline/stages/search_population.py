@@ -15,7 +15,7 @@ from pipeline.config.stored import read_json
 from pipeline.search import Axis, Branch, Draw, Number, RandomChooser, Space, Value
 from pipeline.stages.search_trials import Trial, trial_folder
 from pipeline.training.context import find_local
-from pipeline.training.state import forget_best
+from pipeline.training.state import explain_writing, forget_best
 
 _SHARE = 0.25  # of the population, at either end
 _DRAWN_ANEW = 0.25  # of the values of a copy
@@ -75,6 +75,9 @@ class Population:
 
         Args:
             trials: by label; those of the search that are not over are paused.
+
+        Raises:
+            CheckpointError: a checkpoint cannot be copied, perhaps because the disk is full; nothing is decided then.
         """
         own = [trial for trial in trials.values() if not trial.confirms]
         ranked = sorted((trial for trial in own if not trial.is_over), key=self._rank)
@@ -124,8 +127,9 @@ class Population:
         found = find_local(trial_folder(self._run_dir, copy.source) / "checkpoints")
         assert found is not None  # it was evaluated, which leaves one
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(found, folder)
-        forget_best(folder)  # with other values it came to what it was
+        with explain_writing(folder):
+            shutil.copytree(found, folder)
+            forget_best(folder)  # with other values it came to what it was
 
 
 def checkpoint_of_copy(run_dir: Path, label: str) -> Path:

@@ -138,7 +138,12 @@ def build_ema(classifier: Classifier, decay: float | None) -> AveragedModel | No
 
 
 def forget_best(folder: Path) -> None:
-    """Takes the best weights so far out of a checkpoint: whoever goes on from it begins to count anew."""
+    """Takes the best weights so far out of a checkpoint: whoever goes on from it begins to count anew.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        OSError, RuntimeError: it cannot be written; see ``explain_writing``.
+    """
     torch.save({**read_state(folder), "best": None}, folder / STATE_FILE)
 
 

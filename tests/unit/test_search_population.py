@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import random
 from collections import deque
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.errors import CheckpointError
 from pipeline.search import Space, TrialTask
 from pipeline.stages.search_population import Population, checkpoint_of_copy
 from pipeline.stages.search_trials import Trial, read_trials, trial_folder, unfinished
@@ -124,6 +126,23 @@ def test_pauses_come_after_each_ninth_of_the_epochs_but_not_at_the_end(tmp_path:
     # Where evaluations are rare, a pause comes with the first one after it is due, and the next one counts from there.
     one.evolve(paused(tmp_path, {"0000": 0.5, "0001": 0.25}, epoch=5))
     assert [epoch for epoch in range(1, 19) if one.pauses(epoch)] == list(range(7, 18))
+
+
+def test_a_disk_that_is_full_decides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trials = paused(tmp_path, {"0000": 0.5, "0001": 0.25})
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.save", refuse)
+        with pytest.raises(CheckpointError, match=r"No space left on device.*make room, then resume"):
+            population(tmp_path).evolve(trials)
+    again = population(tmp_path)
+    assert again.settle(trials) == []
+    assert again.pauses(1)
+    again.evolve(trials)
+    assert [trial.label for trial in again.settle(trials)] == ["0001"]
+    assert read_state(checkpoint_of_copy(tmp_path, "0002"))["label"] == "0000"
 
 
 # --- the values of copies -----------------------------------------------------------------------------------------
