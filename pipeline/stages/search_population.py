@@ -20,7 +20,7 @@ from pipeline.training.state import explain_writing, forget_best
 _SHARE = 0.25  # of the population, at either end
 _DRAWN_ANEW = 0.25  # of the values of a copy
 _FACTORS = (0.8, 1.2)
-_NUM_PAUSES = 9
+_NUM_INTERVALS = 9  # between the pauses of a trial
 _FILE = Path("search", "population.json")
 _COPIES = Path("search", "copies")
 
@@ -60,7 +60,7 @@ class Population:
     def __init__(self, run_dir: Path, space: Space, num_epochs: int, maximise: bool, seed: int) -> None:
         self._run_dir, self._space, self._num_epochs = run_dir, space, num_epochs
         self._maximise, self._seed = maximise, seed
-        self._interval = max(1, num_epochs // _NUM_PAUSES)
+        self._interval = max(1, num_epochs // _NUM_INTERVALS)
         path = run_dir / _FILE
         decided: dict[str, Any] = read_json(path) if path.exists() else {"epoch": 0, "copies": []}
         self._epoch: int = decided["epoch"]  # of the last pause
@@ -84,16 +84,17 @@ class Population:
         number = min(math.ceil(_SHARE * len(ranked)), len(ranked) // 2)
         epoch = max(trial.curve[-1][0] for trial in ranked)
         chance = random.Random(f"{self._seed} {epoch}")
+        copies = list(self._copies)
         for label, replaced in enumerate(ranked[len(ranked) - number :], start=len(own)):
             source = chance.choice(ranked[:number])
             draw = self._space.draw(_Changer(source.draw or {}, chance))
             copy = Copy(f"{label:04d}", replaced.label, source.label, draw)
             self._keep_checkpoint(copy)
-            self._copies.append(copy)
-        self._epoch = epoch
+            copies.append(copy)
         path = self._run_dir / _FILE
         path.parent.mkdir(exist_ok=True)
-        write_json(path, {"epoch": epoch, "copies": [asdict(copy) for copy in self._copies]})
+        write_json(path, {"epoch": epoch, "copies": [asdict(copy) for copy in copies]})
+        self._epoch, self._copies = epoch, copies
 
     def settle(self, trials: dict[str, Trial]) -> list[Trial]:
         """Puts into ``trials`` what was decided.

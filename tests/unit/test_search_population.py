@@ -8,6 +8,7 @@ import random
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -129,20 +130,26 @@ def test_pauses_come_after_each_ninth_of_the_epochs_but_not_at_the_end(tmp_path:
 
 
 def test_a_disk_that_is_full_decides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    write, written = torch.save, []
 
-    trials = paused(tmp_path, {"0000": 0.5, "0001": 0.25})
+    def refuse(*arguments: Any) -> None:
+        written.append(arguments)
+        if len(written) == 2:  # with the first copy there is room
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(*arguments)
+
+    trials = paused(tmp_path, {f"{number:04d}": float(number) for number in range(8)})
+    one = population(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr("torch.save", refuse)
         with pytest.raises(CheckpointError, match=r"No space left on device.*make room, then resume"):
-            population(tmp_path).evolve(trials)
-    again = population(tmp_path)
-    assert again.settle(trials) == []
-    assert again.pauses(1)
-    again.evolve(trials)
-    assert [trial.label for trial in again.settle(trials)] == ["0001"]
-    assert read_state(checkpoint_of_copy(tmp_path, "0002"))["label"] == "0000"
+            one.evolve(trials)
+    for again in (one, population(tmp_path)):
+        assert again.settle(trials) == []
+        assert again.pauses(1)
+    one.evolve(trials)
+    assert [trial.label for trial in one.settle(trials)] == ["0001", "0000"]
+    assert sorted(trials) == [f"{number:04d}" for number in range(10)]
 
 
 # --- the values of copies -----------------------------------------------------------------------------------------
