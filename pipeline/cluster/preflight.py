@@ -12,6 +12,7 @@ from typing import Any
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from pipeline.cluster.ray_internals import available_resources, cluster_resources, declared_resources, nodes
 from pipeline.errors import ResourceError
 
 ADMISSION = "distill-pipeline-admission"
@@ -96,10 +97,10 @@ def check_demand(demands: list[Demand], resuming: bool = False) -> None:
             needed=amount,
             available=have,
         )
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    alive = [node["Resources"] for node in nodes() if node["Alive"]]
     for demand in demands:
-        fits = any(all(node.get(name, 0.0) >= amount for name, amount in demand.bundle.items()) for node in nodes)
-        if not fits and not resuming and not _autoscales():
+        fits = any(all(node.get(name, 0.0) >= amount for name, amount in demand.bundle.items()) for node in alive)
+        if not fits and not resuming and not declared_resources():
             raise ResourceError(
                 f"one {demand.who} needs {show_resources(demand.bundle)} on one node, but no node of the cluster "
                 f"has that; lower {demand.knob} or its resources"
@@ -108,15 +109,10 @@ def check_demand(demands: list[Demand], resuming: bool = False) -> None:
 
 def cluster_capacity() -> dict[str, float]:
     """Total resources, or what the autoscaler may grow to where that is declared."""
-    capacity = {name: float(amount) for name, amount in ray.cluster_resources().items()}
-    declared = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    for name, amount in declared.items():
-        capacity[name] = max(capacity.get(name, 0.0), float(amount))
+    capacity = {name: float(amount) for name, amount in cluster_resources().items()}
+    for name, amount in declared_resources().items():
+        capacity[name] = max(capacity.get(name, 0.0), amount)
     return capacity
-
-
-def _autoscales() -> bool:
-    return bool(ray._private.state.state.get_max_resources_from_cluster_config())
 
 
 class _Admission:
@@ -183,13 +179,13 @@ def _wait_for_room(demands: list[Demand], deadline: float, wait_s: float, say: C
     try:
         if not group.wait(min(_SOON_S, math.ceil(wait_s))):
             needs = total_demand(demands)
-            free = ray.available_resources()
+            free = available_resources()
             say(
                 f"waiting up to {wait_s:g} s for {show_resources(needs)} to be free "
                 f"(now {show_resources({name: free.get(name, 0.0) for name in needs}) or 'none'})"
             )
             if not group.wait(math.ceil(max(deadline - time.monotonic(), 0.0))):  # it takes whole seconds
-                free = ray.available_resources()
+                free = available_resources()
                 had = show_resources({name: free.get(name, 0.0) for name in needs})
                 raise ResourceError(
                     f"this run needs {show_resources(needs)} free at once, but after cluster.wait_s={wait_s:g} only "

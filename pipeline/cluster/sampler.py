@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import optuna
-from ray.tune.search.optuna import OptunaSearch
 
+from pipeline.cluster.ray_internals import OptunaSearch
 from pipeline.search import Axis, Draw, Number, Space, Value
 from pipeline.search.study import STUDY, PastTrial, freeze, make_study
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -11,10 +10,17 @@ from typing import Any, Literal, Protocol
 
 import ray
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
-from ray.tune.search import ConcurrencyLimiter, Searcher
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
+from ray.tune.search import ConcurrencyLimiter
 
 from pipeline.cluster.preflight import cluster_capacity
+from pipeline.cluster.ray_internals import (
+    ENVIRONMENT_OF_TRIALS,
+    ENVIRONMENT_OF_TUNE,
+    Searcher,
+    TrialScheduler,
+    set_defaults,
+)
 from pipeline.cluster.team import Team
 from pipeline.search import TrialTask
 from pipeline.search.study import PastTrial
@@ -25,18 +31,6 @@ _LABEL = "label"
 _MAX_RETURNS = 2  # a process that never starts is a failure
 
 Report = Callable[[int, float], None]
-
-# Read by Tune in a process that is to serve the next trial: a busy machine takes longer than 2 s to leave one.
-_LEAVE_WITHIN = ("TUNE_FUNCTION_THREAD_TIMEOUT_S", "10")
-
-# Read by Tune when it starts.
-_ENVIRONMENT = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the trials keep a journal of their own
-    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # the board is what a search is resumed from
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # not every trial is judged
-    "TUNE_WARN_THRESHOLD_S": "10",
-    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
-}
 
 
 class Board(Protocol):
@@ -117,8 +111,7 @@ def run_trials(
         inputs: the same for all trials; sent to each node once.
         past: trials of earlier starts, by which the scheduler judges too.
     """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_defaults(ENVIRONMENT_OF_TUNE)
     # A reference, which a trial passes on to its other workers.
     shared = {"function": function, "inputs": ray.put(inputs), "size": plan.num_workers, "bundle": plan.bundle}
     with_inputs = tune.with_parameters(_run_trial, shared=shared)
@@ -148,7 +141,7 @@ def run_trials(
 
 
 def _run_trial(config: dict[str, Any], shared: dict[str, Any]) -> None:
-    os.environ.setdefault(*_LEAVE_WITHIN)
+    set_defaults(ENVIRONMENT_OF_TRIALS)
     task = TrialTask(**config)
     name = VALUE if task.judged else _UNJUDGED
 

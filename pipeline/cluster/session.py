@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from pipeline.cluster.preflight import Demand, total_demand
+from pipeline.cluster.ray_internals import (
+    ENVIRONMENT,
+    ENVIRONMENT_OF_OWN,
+    LOGGERS,
+    list_own_processes,
+    output_passed_to,
+    set_defaults,
+)
 from pipeline.errors import ResourceError
 
-# What Ray, Data and Train write through Python's logging.
-_LOGGERS = ("ray", "ray.data", "ray.train", "ray.tune", "ray.util", "ray._private")
-
-# Read by Ray when it is imported or started; what the user has set stands.
-_ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a checkpoint counts once the controller has polled it
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # user code and relative paths keep meaning what they meant
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-}
-_ENVIRONMENT_OF_OWN = {
-    # Nobody takes this machine away on notice, and the watcher is one more process to start.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    # Without a dashboard nobody reads the figures of every process, which cost CPU time to collect, nor the
-    # record of every task, by which Ray's control store grew 5 to 11 kB a block.
-    "REPORTER_UPDATE_INTERVAL_MS": "60000",
-    "RAY_enable_metrics_collection": "0",
-    "RAY_task_events_report_interval_ms": "0",
-}
 _OPTIONS: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True, "configure_logging": False}
 
 
@@ -49,7 +39,7 @@ def ray_session(address: str | None, demands: list[Demand], log_file: Path) -> I
             (they are a count, not a promise of speed); a cluster found is never told anything.
         log_file: takes Ray's own log lines.
     """
-    _set_defaults(_ENVIRONMENT)
+    set_defaults(ENVIRONMENT)
     import ray
 
     if ray.is_initialized():  # a test or a notebook brought its own
@@ -82,20 +72,41 @@ def own_ray(num_cpus: int, log_file: Path, resources: dict[str, float] | None = 
     Args:
         resources: custom ones, such as accelerators that are only simulated.
     """
-    _set_defaults(_ENVIRONMENT | _ENVIRONMENT_OF_OWN)
+    set_defaults(ENVIRONMENT | ENVIRONMENT_OF_OWN)
     import ray
 
-    with _log_to(log_file):
+    with _log_to(log_file) as log:
         ray.init(address="local", num_cpus=num_cpus, resources=resources, include_dashboard=False, **_OPTIONS)
         try:
             yield
         finally:
+            processes = list_own_processes()
             ray.shutdown()
+            for name in end_left_over(processes):
+                log(f"{name} did not end with Ray, and was killed")
 
 
-def _set_defaults(environment: dict[str, str]) -> None:
-    for name, value in environment.items():
-        os.environ.setdefault(name, value)
+def end_left_over(processes: Sequence[psutil.Process], patience_s: float = 5.0) -> list[str]:
+    """Kills those of ``processes`` that have not ended by themselves in ``patience_s``; returns who they were.
+
+    Ray 2.60 can deadlock in a process that exits, which nobody would ever end then.
+    """
+    deadline = time.monotonic() + patience_s
+    while (left := [process for process in processes if _lives(process)]) and time.monotonic() < deadline:
+        time.sleep(0.05)  # between two looks: they are not all children of this process
+    killed = []
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            killed.append(f"{process.name()} (process {process.pid})")
+            process.kill()
+    return killed
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _connect(ray: Any, address: str | None) -> bool:
@@ -114,37 +125,39 @@ def _connect(ray: Any, address: str | None) -> bool:
 
 
 @contextmanager
-def _log_to(path: Path) -> Iterator[None]:
-    """Sends to ``path`` what Ray would put on the terminal: its logs here, and its processes' output."""
+def _log_to(path: Path) -> Iterator[Callable[[str], None]]:
+    """Sends to ``path`` what Ray would put on the terminal: its logs here, and its processes' output.
+
+    Yields:
+        a function that adds a line.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
     # Python would print a traceback for each line that a full disk does not take, and bury what the run has to say.
     handler.handleError = lambda record: None  # type: ignore[method-assign]
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    # Importing them configures their loggers, so that comes before ours.
-    import ray._private.worker as ray_worker
-    import ray.data  # noqa: F401
+    import ray.data  # noqa: F401  importing it configures its loggers, so that comes before ours
 
-    def write_lines(data: dict[str, Any], ignore_prefix: bool = False) -> None:
+    def write(line: str) -> None:
+        handler.handle(logging.LogRecord("ray.process", logging.INFO, "", 0, line, None, None))
+
+    def write_lines(data: dict[str, Any]) -> None:
         if data["pid"] == "autoscaler":  # a page of status every few seconds, also where nothing scales
             return
         who = data.get("actor_name") or data.get("task_name") or ""
         for line in data["lines"]:
             if "State API may be temporarily unavailable" in line:  # every second, on a cluster without dashboard
                 continue
-            record = logging.LogRecord("ray.process", logging.INFO, "", 0, f"{who}({data['pid']}) {line}", None, None)
-            handler.handle(record)
+            write(f"{who}({data['pid']}) {line}")
 
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    loggers = [logging.getLogger(name) for name in LOGGERS]
     before = [(logger, logger.handlers, logger.propagate) for logger in loggers]
     for logger in loggers:
         logger.handlers, logger.propagate = [handler], False
-    # Ray prints what its processes write past Python's logging; this function is where all of it passes.
-    printed_by, ray_worker.print_to_stdstream = ray_worker.print_to_stdstream, write_lines
     try:
-        yield
+        with output_passed_to(write_lines):
+            yield write
     finally:
-        ray_worker.print_to_stdstream = printed_by
         for logger, handlers, propagate in before:
             logger.handlers, logger.propagate = handlers, propagate
         handler.close()

@@ -12,7 +12,6 @@ time and memory by the read task.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,10 +21,17 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
-from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource, ExecutionOptions, ExecutionResources, ReadTask
-from ray.data.block import BlockMetadata
+from ray.data import ActorPoolStrategy, Dataset, Datasource
 
 from pipeline.cluster.pool import TeacherActor
+from pipeline.cluster.ray_internals import (
+    BlockMetadata,
+    DataContext,
+    ExecutionOptions,
+    ExecutionResources,
+    ReadTask,
+    allow_actor_options,
+)
 from pipeline.contracts.columns import BLOCK, INPUT, LABEL, LABEL_WEIGHT, PARTNER_LABEL, SAMPLE_ID, TEACHER_LOGITS
 from pipeline.contracts.events import Emitter
 from pipeline.data import AugmentParams, BlockPlan, BlockPlanner, Decoder, SplitReader, decode_block, read_blocks
@@ -236,9 +242,7 @@ def build_stream(plan: StreamPlan, first: int, stop: int) -> Dataset:
     )
     if plan.pool is not None:
         pool = plan.pool
-        with warnings.catch_warnings():
-            # Retries and restarts have no named parameter in this version of Ray.
-            warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+        with allow_actor_options():
             dataset = dataset.map_batches(
                 TeacherActor,
                 fn_constructor_args=(

@@ -16,6 +16,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.cluster.journal import QueueDrain
+from pipeline.cluster.ray_internals import get_node_ip_address
 from pipeline.cluster.tasks import find_pipeline_error
 from pipeline.contracts.events import Emitter, Event
 from pipeline.errors import PipelineError
@@ -143,7 +144,7 @@ class Team:
 
 
 def _free_address() -> str:
-    host = ray.util.get_node_ip_address()
+    host = get_node_ip_address()
     with socket.socket() as probe:
         probe.bind((host, 0))
         return f"{host}:{probe.getsockname()[1]}"

@@ -19,13 +19,14 @@ NUM_ACCELERATORS = 4
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A local Ray, started by the first test that asks for it; it takes about ten seconds."""
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A local Ray, started by the first test that asks for it; it takes ten seconds. Gives the path of its log."""
     from pipeline.cluster.session import own_ray
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with own_ray(NUM_CPUS, tmp_path_factory.mktemp("ray") / "ray.log", {FAKE_ACCELERATOR: NUM_ACCELERATORS}):
-        yield
+    log_file = tmp_path_factory.mktemp("ray") / "ray.log"
+    with own_ray(NUM_CPUS, log_file, {FAKE_ACCELERATOR: NUM_ACCELERATORS}):
+        yield log_file
 
 
 @pytest.fixture
