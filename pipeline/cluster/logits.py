@@ -13,10 +13,12 @@ from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.cluster.pool import ROWS_FORWARDED
+from pipeline.cluster.stall import StallGuard
 from pipeline.cluster.stream import StreamPlan, build_stream, segments
 from pipeline.cluster.tasks import find_pipeline_error
 from pipeline.contracts.columns import BLOCK, SAMPLE_ID, TEACHER_LOGITS
 from pipeline.contracts.events import RowEvents
+from pipeline.contracts.read_ahead import read_ahead
 from pipeline.data.bad_rows import NO_SAMPLE
 from pipeline.data.cache import PartAssembler, PartBlocks, PartWriter
 from pipeline.data.logits import save_logits
@@ -86,7 +88,8 @@ def iterate_pool_logits(plan: StreamPlan, num_blocks: int) -> Iterator[BlockLogi
     due = 0
     try:
         for first, stop in segments(plan.blocks_per_segment, 0, num_blocks):
-            for batch in build_stream(plan, first, stop).iter_batches(batch_size=None, batch_format="numpy"):
+            batches = build_stream(plan, first, stop).iter_batches(batch_size=None, batch_format="numpy")
+            for batch in read_ahead(iter(batches), StallGuard(plan.emitter, plan.demands)):
                 positions = np.unique(batch[BLOCK])
                 if positions.tolist() != [due]:
                     raise StreamError(

@@ -24,6 +24,7 @@ import ray.data
 from ray.data import ActorPoolStrategy, Dataset, Datasource
 
 from pipeline.cluster.pool import TeacherActor
+from pipeline.cluster.preflight import Demand
 from pipeline.cluster.ray_internals import (
     BlockMetadata,
     DataContext,
@@ -130,6 +131,7 @@ class StreamPlan:
         blocks_per_step: blocks of an optimizer step; the number of workers divides it.
         logits_only: the pool's output leaves the inputs out, and nothing stands in for a row that cannot be used.
         split: the rows are of, for the record.
+        demands: what the cluster must have for the stream to go on.
     """
 
     blocks: ray.ObjectRef[Any]
@@ -148,6 +150,7 @@ class StreamPlan:
     blocks_per_step: int = 1
     logits_only: bool = False
     split: str = "train"
+    demands: tuple[Demand, ...] = ()
 
     @property
     def blocks_per_task(self) -> int:
@@ -316,10 +319,12 @@ class Phase(NamedTuple):
     Attributes:
         blocks_per_segment: of its streams.
         stop: block after its last one.
+        demands: what the cluster must have for its streams to go on.
     """
 
     blocks_per_segment: int
     stop: int
+    demands: tuple[Demand, ...] = ()
 
 
 class Segment(NamedTuple):
@@ -356,7 +361,8 @@ class RunStream:
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        return tuple(Phase(plan.blocks_per_segment, stop) for plan, stop in zip(self.plans, self.stops, strict=True))
+        pairs = zip(self.plans, self.stops, strict=True)
+        return tuple(Phase(plan.blocks_per_segment, stop, plan.demands) for plan, stop in pairs)
 
 
 def chain_streams(

@@ -16,6 +16,7 @@ import ray.train
 from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
 
 from pipeline import errors
+from pipeline.cluster.stall import StallGuard
 from pipeline.cluster.stream import (
     Phase,
     RunStream,
@@ -31,6 +32,7 @@ from pipeline.cluster.stream import (
 from pipeline.cluster.tasks import find_pipeline_error
 from pipeline.contracts.checkpoints import find_furthest, read_cursor
 from pipeline.contracts.events import Emitter, Event
+from pipeline.contracts.read_ahead import ReadAhead, read_ahead
 from pipeline.errors import PipelineError, TrainingError
 
 RAY_NAME = "train"
@@ -147,8 +149,8 @@ def _worker(config: dict[str, Any]) -> None:
     try:
         context = RayWorkerContext(config["emitter"], plan.start_from)
         # The others wait for rank 0 at the next stream, which gives no block before all have asked for one.
-        between = config["between"] if context.rank == 0 else None
-        shards = ShardSource(config["phases"], plan.with_teacher, context.cursor(), between)
+        between, emitter = (config["between"], config["emitter"]) if context.rank == 0 else (None, None)
+        shards = ShardSource(config["phases"], plan.with_teacher, context.cursor(), emitter, between)
         train(build_job(plan.spec, ray.get(config["source"]), config["emitter"]), context, shards)
     except Exception as error:
         _record_fatal(error, plan.storage / _FATAL_FILE)
@@ -162,6 +164,7 @@ class ShardSource:
 
     Args:
         start: the block that the restored checkpoint stands at.
+        emitter: is told of a long wait; none: another worker tells.
         between: see ``RunStream``.
     """
 
@@ -170,14 +173,14 @@ class ShardSource:
         phases: Sequence[Phase],
         with_teacher: bool,
         start: int,
+        emitter: Emitter | None,
         between: Callable[[], None] | None = None,
     ) -> None:
-        from pipeline.training import ReadAhead
-
-        indexes = _in_order(phases, start, between)
+        guard = StallGuard(emitter)
+        indexes = _in_order(phases, start, guard, between)
         shards = (ray.train.get_dataset_shard(segment_name(index)) for index, _ in indexes)
         self._start = start
-        self._blocks = ReadAhead(_as_blocks(iterate_stream(shards, with_teacher)), depth=1)
+        self._blocks = ReadAhead(_as_blocks(iterate_stream(shards, with_teacher)), depth=1, overdue=guard)
 
     def blocks(self, start: int) -> Iterator[Any]:
         """See ``pipeline.training.BatchSource``; the stream stands at one place only."""
@@ -191,25 +194,28 @@ class ShardSource:
 class DriverSource:
     """The whole stream, for a student that is trained in the driver's process."""
 
-    def __init__(self, stream: RunStream, with_teacher: bool) -> None:
-        self._stream, self._with_teacher = stream, with_teacher
+    def __init__(self, stream: RunStream, with_teacher: bool, emitter: Emitter) -> None:
+        self._stream, self._with_teacher, self._emitter = stream, with_teacher, emitter
 
     def blocks(self, start: int) -> Iterator[Any]:
         # A coordinator process of its own runs the execution, so that it does not share this one's lock.
-        stream = self._stream
+        stream, guard = self._stream, StallGuard(self._emitter)
         shards = (
             build_stream(stream.plans[segment.phase], segment.first, segment.stop).streaming_split(1, equal=True)[0]
-            for _, segment in _in_order(stream.phases, start, stream.between)
+            for _, segment in _in_order(stream.phases, start, guard, stream.between)
         )
-        return _as_blocks(iterate_stream(shards, self._with_teacher))
+        return read_ahead(_as_blocks(iterate_stream(shards, self._with_teacher)), guard)
 
 
-def _in_order(phases: Sequence[Phase], start: int, between: Callable[[], None] | None) -> Iterator[tuple[int, Segment]]:
+def _in_order(
+    phases: Sequence[Phase], start: int, guard: StallGuard, between: Callable[[], None] | None
+) -> Iterator[tuple[int, Segment]]:
     """The segments with their numbers, each when it is asked for; ``between`` is called before the second phase."""
     for index, segment in enumerate(list_segments(phases, start)):
         if segment.phase > 0 and between is not None:
             between()
             between = None
+        guard.demands = phases[segment.phase].demands
         yield index, segment
 
 

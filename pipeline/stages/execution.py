@@ -181,7 +181,7 @@ class _OnRay:
         from pipeline.cluster.train import DriverSource
 
         work = self._work
-        source = DriverSource(self._run_stream(spec), work.teacher is not None)
+        source = DriverSource(self._run_stream(spec), work.teacher is not None, self._session.journal)
         context = _local_context(work, self._session)
         return _kept(train(build_job(spec, work.source, self._session.skipped), context, source).best)
 
@@ -216,7 +216,12 @@ class _OnRay:
         reader, decoder = cached or (None, None)
         blocks = TrainingBlocks(work.reader, work.planner, work.config.data.augment, work.config.view_seed, reader)
         stream = self._streams.make(blocks, "train", work.reader, work.plan.blocks_per_step)
-        return stream if decoder is None else replace(stream, pool=None, logits=decoder)
+        if decoder is not None:
+            stream = replace(stream, pool=None, logits=decoder)
+        actor = None if stream.pool is None else "teacher actor"
+        return replace(
+            stream, demands=tuple(_list_worker_demands(work.config) + list_stream_demands(work.config, actor))
+        )
 
 
 def _accuracy(work: Work, spec: RunSpec) -> float | None:
@@ -229,18 +234,22 @@ def list_demands(config: Config, command: str) -> list[Demand]:
     """Who needs what of the cluster."""
     from pipeline.cluster.preflight import Demand
 
-    demands = []
     if command == "search":
         limit, workers = None if config.search is None else config.search.max_concurrent, config.cluster.num_workers
         who, knob = (
             ("trial", "cluster.num_cpus_per_worker") if workers == 1 else ("trial worker", "cluster.num_workers")
         )
         return [Demand(who, workers, worker_bundle(config), knob, most=None if limit is None else limit * workers)]
-    if config.cluster.name == "ray" and command not in TEACHER_ONLY:
-        demands.append(
-            Demand("student worker", config.cluster.num_workers, worker_bundle(config), "cluster.num_workers")
-        )
+    demands = [] if command in TEACHER_ONLY else _list_worker_demands(config)
     return demands + list_stream_demands(config, "teacher actor" if uses_pool(config, command) else None)
+
+
+def _list_worker_demands(config: Config) -> list[Demand]:
+    from pipeline.cluster.preflight import Demand
+
+    if config.cluster.name != "ray":
+        return []
+    return [Demand("student worker", config.cluster.num_workers, worker_bundle(config), "cluster.num_workers")]
 
 
 def preflight_rows(config: Config, command: str) -> list[list[str]]:

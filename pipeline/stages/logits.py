@@ -100,7 +100,7 @@ class Streams:
             emitter=self.emitter,
             blocks_per_step=blocks_per_step,
             split=split,
-            **stream_limits(config),
+            **stream_limits(config, None if self.checked is None else "teacher actor"),
         )
 
     def compute(self, split: SplitName, reader: SplitReader, check: Callable[[], None] | None = None) -> Path:

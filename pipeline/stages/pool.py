@@ -62,9 +62,14 @@ def estimate_block_bytes(spec: InputSpec, batch_size: int, reader: SplitReader, 
     return batch_size * max(decoded, math.ceil(encoded))
 
 
-def stream_limits(config: Config) -> dict[str, Any]:
-    """The fields of ``StreamPlan`` that say how much of the cluster a stream may take, and for how long."""
+def stream_limits(config: Config, actor: str | None) -> dict[str, Any]:
+    """The fields of ``StreamPlan`` that say what of the cluster a stream needs and may take, and for how long.
+
+    Args:
+        actor: see ``list_stream_demands``.
+    """
     return {
+        "demands": tuple(list_stream_demands(config, actor)),
         "max_read_tasks": _num_data_tasks(config),
         "max_decode_tasks": None if config.cluster.data_cpus is None else _num_data_tasks(config),
         "object_store_bytes": config.cluster.object_store_bytes,

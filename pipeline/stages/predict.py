@@ -277,7 +277,7 @@ def _logits_of_pool(prediction: _Prediction, release: Callable[[], None]) -> _Bl
         augment=AugmentParams(),
         seed=0,
         pool=make_pool_plan(pool, prediction.arguments(pool_device(pool)), prediction.card.fingerprint),
-        **stream_limits(config),
+        **stream_limits(config, _ACTOR),
     )
     for block in iterate_pool_logits(whole_split(plan), -(-prediction.reader.num_rows // batch_size)):
         release()

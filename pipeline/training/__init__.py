@@ -18,7 +18,6 @@ from pipeline.training.job import (
 from pipeline.training.loop import TrainJob, train
 from pipeline.training.params import OptimizerParams, TrainParams
 from pipeline.training.plan import RunPlan
-from pipeline.training.prefetch import ReadAhead
 from pipeline.training.state import BestRecord, TrainState, read_state
 from pipeline.training.validation import Evaluation, EvaluationSet, open_test
 
@@ -33,7 +32,6 @@ __all__ = [
     "InProcessSource",
     "LocalContext",
     "OptimizerParams",
-    "ReadAhead",
     "RunPlan",
     "RunSpec",
     "TeacherArguments",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.contracts.events import Event
+from pipeline.contracts.read_ahead import ReadAhead
 from pipeline.errors import NonFiniteError, StreamError
 from pipeline.evaluation import METRIC_DIRECTIONS
 from pipeline.losses import Objective, Signals
@@ -23,7 +24,7 @@ from pipeline.training.context import BatchSource, WorkerContext, check_block, c
 from pipeline.training.optim import build_optimizer, learning_rate, set_learning_rate
 from pipeline.training.params import TrainParams
 from pipeline.training.plan import RunPlan
-from pipeline.training.prefetch import DeviceBlock, ReadAhead, prefetch
+from pipeline.training.prefetch import DeviceBlock, prefetch
 from pipeline.training.state import BestRecord, TrainState, build_ema
 from pipeline.training.validation import EvaluationSet
 

@@ -1,21 +1,16 @@
-"""Moves blocks to the device ahead of the step that needs them, and measures the waiting."""
+"""Moves blocks to the device ahead of the step that needs them."""
 
 from __future__ import annotations
 
-import queue
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.contracts.read_ahead import ReadAhead
 from pipeline.training.context import Block
-
-_END = object()
 
 
 @dataclass(frozen=True)
@@ -28,62 +23,6 @@ class DeviceBlock:
     teacher_logits: Tensor | None
     partner_labels: Tensor | None
     label_weights: Tensor | None
-
-
-T = TypeVar("T")
-
-
-class ReadAhead(Iterator[T]):
-    """Iterates over ``items`` while a thread stays ahead; it starts at once.
-
-    Args:
-        items: iterated in the thread; an exception there is raised here, in its turn.
-        depth: how many may wait.
-
-    Attributes:
-        waited_s: time that ``next`` has waited so far.
-    """
-
-    def __init__(self, items: Iterator[T], depth: int = 2) -> None:
-        self.waited_s = 0.0
-        self._ready: queue.Queue[Any] = queue.Queue(maxsize=depth)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._fill, args=(items,), name="read-ahead", daemon=True)
-        self._thread.start()
-
-    def _fill(self, items: Iterator[T]) -> None:
-        try:
-            for item in items:
-                if not self._put(item):
-                    return
-            self._put(_END)
-        except BaseException as error:
-            self._put(error)
-
-    def _put(self, item: Any) -> bool:
-        while not self._stopped.is_set():
-            try:
-                self._ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def __next__(self) -> T:
-        started = time.perf_counter()
-        item = self._ready.get()
-        self.waited_s += time.perf_counter() - started
-        if item is _END:
-            raise StopIteration
-        if isinstance(item, BaseException):
-            raise item
-        ready: T = item
-        return ready
-
-    def close(self) -> None:
-        """Stops the thread; what waits is dropped."""
-        self._stopped.set()
-        self._thread.join(timeout=5.0)
 
 
 def prefetch(blocks: Iterator[Block], device: torch.device) -> ReadAhead[DeviceBlock]:

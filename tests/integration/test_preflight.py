@@ -16,6 +16,8 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from pipeline.cli.main import main
 from pipeline.cluster.preflight import Demand, admitted, check_demand
+from pipeline.cluster.stall import GIVE_UP_AFTER_S, TELL_AFTER_S, StallGuard
+from pipeline.contracts.events import Event
 from pipeline.errors import ResourceError
 from tests.integration.conftest import FAKE_ACCELERATOR, NUM_ACCELERATORS, NUM_CPUS
 
@@ -134,3 +136,26 @@ def test_two_runs_are_not_placed_at_once() -> None:
         thread.join(TIMEOUT_S)
         release()  # again, with every step that is taken: it does nothing
     assert order == ["first runs", "second placed"]
+
+
+def test_stream_that_stands_still_is_waited_for_only_while_the_cluster_can_go_on() -> None:
+    told: list[Event] = []
+
+    class Recorder:
+        def emit(self, event: Event) -> None:
+            told.append(event)
+
+    guard = StallGuard(Recorder(), [WORKERS, TEACHERS])
+    for waited_s in (1.0, TELL_AFTER_S, TELL_AFTER_S + 5, GIVE_UP_AFTER_S + 5):
+        guard(waited_s)
+    assert [event.data["message"] for event in told] == ["no block of the stream has come for 60 s"]
+
+    lost = Demand("teacher actor", 1, {"accelerator_of_a_lost_node": 1.0}, "teacher.pool.min")
+    guard.demands = (WORKERS, lost)
+    guard(GIVE_UP_AFTER_S - 5)
+    sentence = (
+        r"no block of the stream has come for 180 s, and will not: this run needs 1 accelerator_of_a_lost_node "
+        r"\(1 teacher actor x 1\) but the cluster has 0; .*then resume the run"
+    )
+    with pytest.raises(ResourceError, match=sentence):
+        guard(GIVE_UP_AFTER_S)

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from pipeline.cluster import stall, train
+from pipeline.cluster.preflight import Demand, check_demand
+from pipeline.contracts import read_ahead
 from tests.integration.mistakes.table import Place, mistake
 
 
@@ -28,6 +36,27 @@ def _(place: Place) -> list[str]:
 @mistake("trials of more workers than the cluster holds", on_ray=True)
 def _(place: Place) -> list[str]:
     return _search(place, "cluster.num_workers=9")
+
+
+@mistake("a node of the teachers that is lost for good", on_ray=True)
+def _(place: Place) -> list[str]:
+    # The stream stands still, and the cluster no longer has what a teacher was placed by.
+    over = threading.Event()
+    place.stack.callback(over.set)
+
+    def wait(shards: Iterator[Any], with_teacher: bool) -> Iterator[dict[str, Any]]:
+        next(shards)
+        over.wait()
+        yield from ()
+
+    def check_without_node(demands: list[Demand]) -> None:
+        check_demand([replace(demand, bundle={**demand.bundle, "teacher_slot": 1.0}) for demand in demands[:1]])
+
+    place.monkeypatch.setattr(train, "iterate_stream", wait)
+    place.monkeypatch.setattr(stall, "GIVE_UP_AFTER_S", 0.0)
+    place.monkeypatch.setattr(stall, "check_demand", check_without_node)
+    place.monkeypatch.setattr(read_ahead, "LOOK_S", 0.2)
+    return place.distill("cluster=driver")
 
 
 def _search(place: Place, *overrides: str) -> list[str]:
