@@ -26,7 +26,7 @@ demo: setup
 	$(BIN)/python jobs/demo.py
 
 test: setup
-	$(BIN)/pytest tests/unit tests/integration -m "not slow and not bench"
+	$(BIN)/pytest tests/unit tests/integration -m "not slow and not bench" -n 2 --dist loadgroup
 
 test-slow: setup
 	$(BIN)/pytest tests -m "slow and not bench"

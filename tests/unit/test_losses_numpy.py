@@ -120,7 +120,7 @@ ORACLES: list[tuple[LossParams, Callable[[Array, Array, NDArray[np.int64]], floa
 ]
 
 
-@pytest.mark.parametrize(("params", "oracle"), ORACLES, ids=lambda value: repr(value)[:60])
+@pytest.mark.parametrize(("params", "oracle"), [pytest.param(*case, id=case[0].name) for case in ORACLES])
 def test_totals_agree_with_numpy(params: LossParams, oracle: Callable[..., float]) -> None:
     student, teacher, labels = random_logits(9, 5, seed=3)
     objective = Objective(params)
