@@ -68,7 +68,8 @@ def _correlate(sums: Tensor, floor: float, additive: bool) -> tuple[Tensor, Tens
         rho = products / divisor
         along_a = torch.where(norms_a > 0, -rho * norms_b / (divisor * norms_a), 0)
     else:
-        floored_a, floored_b = norms_a.hypot(norms_a.new_tensor(floor)), norms_b.hypot(norms_b.new_tensor(floor))
+        least = norms_a.new_full((), floor)
+        floored_a, floored_b = norms_a.hypot(least), norms_b.hypot(least)
         divisor = floored_a * floored_b
         rho = products / divisor
         along_a = -rho / floored_a.square()

@@ -259,10 +259,11 @@ class Objective:
                 total = total + term.weight * logged[term.name]
                 if term.diagnostics is not None:
                     logged |= term.diagnostics(signals)
+        # Filled on the device: a number that is copied there waits for all that the device has still to do.
         for key, value in self._params.scheduled(progress).items():
-            logged[key] = student.new_tensor(value)
+            logged[key] = student.new_full((), value)
         if self._params.couples_batch:
-            logged["group_rows"] = student.new_tensor(float(len(student)))
+            logged["group_rows"] = student.new_full((), len(student))
         return total, {name: value.detach() for name, value in logged.items()}
 
     def _prepare(self, signals: Signals) -> Signals:

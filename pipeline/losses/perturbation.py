@@ -7,7 +7,7 @@ import math
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Float, Int64
@@ -39,9 +39,10 @@ def check_coefficients(coefficients: tuple[float, ...], where: str = "") -> None
             )
 
 
-@lru_cache(maxsize=8)  # the same at every step, and slow to make of thousands of numbers
-def _tensor(coefficients: tuple[tuple[float, ...], ...]) -> Tensor:
-    return torch.tensor(coefficients, dtype=torch.float64)
+@lru_cache(maxsize=8)  # the same at every step; slow to make of thousands of numbers, and a GPU is waited for
+@torch.inference_mode(False)
+def _tensor(numbers: tuple[Any, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 class Perturbation(Params):
@@ -134,7 +135,7 @@ class Perturbation(Params):
                 "select one from this teacher's validation logits."
             )
         dtype = torch.promote_types(teacher_logits.dtype, torch.float32)
-        table = _tensor(self.coefficients).to(teacher_logits.device, dtype)
+        table = _tensor(self.coefficients, teacher_logits.device, dtype)
         if self.kind == "shared":
             return table[0]
         if self.kind == "class":
@@ -146,10 +147,10 @@ class Perturbation(Params):
         """The group of each row, 0..groups-1; zeros where coefficients are shared or of classes."""
         if self.kind == "confidence":
             confidence = torch.log_softmax(widen(teacher_logits), dim=1).amax(dim=1).exp()
-            edges = torch.tensor(self.edges, dtype=confidence.dtype, device=confidence.device)
+            edges = _tensor(self.edges, confidence.device, confidence.dtype)
             return torch.bucketize(confidence, edges)
         if self.kind == "superclass":
-            groups = torch.tensor(self.class_groups, device=teacher_logits.device)
+            groups = _tensor(self.class_groups, teacher_logits.device, torch.int64)
             return groups[teacher_logits.argmax(dim=1)]
         return torch.zeros(len(teacher_logits), dtype=torch.int64, device=teacher_logits.device)
 

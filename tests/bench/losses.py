@@ -61,18 +61,18 @@ def main() -> None:
 
 
 def _measure(batch: int, classes: int, device: torch.device, num_rounds: int) -> list[list[str]]:
-    workloads = _workloads(batch, classes, device)
+    workloads = workloads_of(batch, classes, device)
     wall = {name: Series() for name in workloads}
     cpu = {name: Series() for name in workloads}
     repeats = max(1, 2_000_000 // (batch * classes))
     for _ in range(num_rounds):
         for name, function in workloads.items():
             function()  # caches, and the allocator, see this loss as training would
-            _wait(device)
+            wait_for(device)
             began, cpu_began = time.perf_counter(), time.process_time()
             for _ in range(repeats):
                 function()
-            _wait(device)
+            wait_for(device)
             wall[name].add(1e3 * (time.perf_counter() - began) / repeats)
             cpu[name].add(1e3 * (time.process_time() - cpu_began) / repeats)
     rows = []
@@ -98,7 +98,7 @@ def _measure(batch: int, classes: int, device: torch.device, num_rounds: int) ->
     return rows
 
 
-def _workloads(batch: int, classes: int, device: torch.device) -> dict[str, Callable[[], object]]:
+def workloads_of(batch: int, classes: int, device: torch.device) -> dict[str, Callable[[], object]]:
     generator = torch.Generator().manual_seed(0)
     student, teacher, weights = (2 * torch.randn(batch, classes, generator=generator).to(device) for _ in range(3))
     labels = torch.randint(classes, (batch,), generator=generator).to(device)
@@ -122,7 +122,7 @@ def _workloads(batch: int, classes: int, device: torch.device) -> dict[str, Call
     return {**workloads, "torch.sort": sort, "soft rank": rank}
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.contracts.columns import InputSpec
+
 NUM_CLASSES = 10
 SIZE = 32  # pixels
 
@@ -50,16 +52,19 @@ def _encode(pixels: np.ndarray, encoding: str) -> bytes:
     return stream.getvalue()
 
 
-def write_checkpoint(path: Path, name: str, **settings: object) -> Path:
-    """Fresh weights of a registered network for ``write_images``; a benchmark's teacher need not know anything."""
+def write_checkpoint(path: Path, name: str, spec: InputSpec | None = None, **settings: object) -> Path:
+    """Fresh weights of a registered network; a benchmark's teacher need not know anything.
+
+    Args:
+        spec: none: that of ``write_images``.
+    """
     import torch
     from safetensors.torch import save_file
 
-    from pipeline.contracts.columns import InputSpec
     from pipeline.models import MODELS, build_classifier
 
     torch.manual_seed(0)
-    spec = InputSpec("image", (3, SIZE, SIZE), tuple(str(label) for label in range(NUM_CLASSES)))
+    spec = spec or InputSpec("image", (3, SIZE, SIZE), tuple(str(label) for label in range(NUM_CLASSES)))
     params = MODELS.entries()[name].model_validate({"name": name, **settings})
     save_file(build_classifier(params, spec).network.state_dict(), path)
     return path

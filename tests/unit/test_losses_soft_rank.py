@@ -177,3 +177,23 @@ def test_the_gpus_kernels_agree_with_the_cpus() -> None:
         [sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, check=False
     )
     assert finished.returncode == 0, finished.stderr
+
+
+def test_the_gpus_kernels_can_be_compiled_without_a_gpu() -> None:
+    """For an H100, to the machine code that it runs; of one class, a number that Triton treats apart, too."""
+    triton = pytest.importorskip("triton", reason="Triton is published for Linux only")
+    from triton.backends.compiler import GPUTarget
+
+    from pipeline.losses.kernels import gpu
+
+    kernels = {
+        gpu._pool: ["*fp64", "*fp64", "*i32", "*fp64", "*i32", "*i64", "i32"],
+        gpu._average: ["*fp64", "*i32", "*fp64", "i32"],
+    }
+    for kernel, types in kernels.items():
+        for last in ("i32", "constexpr"):
+            signature = dict(zip(kernel.arg_names, [*types[:-1], last], strict=True))
+            known = {} if last == "i32" else {(len(types) - 1,): 1}
+            source = triton.compiler.ASTSource(kernel, signature, constexprs=known)
+            compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=gpu.OPTIONS)
+            assert compiled.asm["cubin"]
