@@ -31,13 +31,13 @@ from pipeline.data.cache import (
 )
 from pipeline.data.order import BlockPlan
 from pipeline.errors import CacheError, ConfigError
-from pipeline.models import Teacher
 from pipeline.report.cache import format_bytes, render_caches, render_manifest, render_plan
 from pipeline.report.rows import RowProgress
 from pipeline.report.tables import render_table
 from pipeline.stages.cached import cache_key
+from pipeline.stages.logits import teacher_here
 from pipeline.stages.work import check_teacher
-from pipeline.training import open_training, teacher_arguments
+from pipeline.training import open_training
 
 _NAME = "the name of a cache, as `cache info` shows it"
 _WHOLE = ("rows", "classes", "views")
@@ -196,7 +196,7 @@ def _compare(config: Config, source: DataSource, cache: Cache, num_rows: int) ->
     """
     if num_rows == 0:
         return
-    teacher = Teacher(**teacher_arguments(config.teacher, source, config.train.batch_size))
+    teacher = teacher_here(config, source)
     reader, key = open_training(source), cache.manifest.key
     logits, stored = WindowedLogits(cache, limit_bytes=0), LogitsDecoder(key.num_classes)
     decoder, augment = source.decoder("train"), config.data.augment

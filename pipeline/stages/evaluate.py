@@ -14,12 +14,12 @@ from pipeline.config.stored import StoredRun, find_run, read_run
 from pipeline.contracts.columns import SplitName
 from pipeline.data.logits import save_logits
 from pipeline.errors import ConfigError
-from pipeline.models import Teacher, resolve_checkpoint
-from pipeline.stages.logits import logits_path
+from pipeline.models import resolve_checkpoint
+from pipeline.stages.logits import logits_path, teacher_here
 from pipeline.stages.skipped import FILE_NAME, SkippedRows
 from pipeline.stages.training import metrics_table
 from pipeline.stages.work import check_labels, check_teacher, trained_network
-from pipeline.training import Evaluation, EvaluationSpec, compute_logits, evaluate_weights, open_test, teacher_arguments
+from pipeline.training import Evaluation, EvaluationSpec, compute_logits, evaluate_weights, open_test
 
 
 def evaluate(request: Request) -> int:
@@ -51,7 +51,7 @@ def evaluate(request: Request) -> int:
         if checked is not None:
             logits = logits_path(stored.dir, checked, source, split, reader)
             if not logits.exists():
-                teacher = teacher or Teacher(**teacher_arguments(config.teacher, source, config.train.batch_size))
+                teacher = teacher or teacher_here(config, source)
                 save_logits(logits, compute_logits(teacher, source.decoder(split), reader, config.train.batch_size))
         job = EvaluationSpec(
             network, str(weights), source.spec, source.decoder(split), reader, split, config.evaluation,

@@ -19,7 +19,7 @@ from pipeline.data.logits import load_logits, save_logits
 from pipeline.models import Teacher
 from pipeline.stages.pool import estimate_block_bytes, make_pool_plan, pool_device, stream_limits
 from pipeline.stages.session import RunSession
-from pipeline.stages.work import CheckedTeacher
+from pipeline.stages.work import CheckedTeacher, compute_dtype
 from pipeline.training import compute_logits, teacher_arguments
 
 if TYPE_CHECKING:  # importing ray takes seconds, and not every way needs it
@@ -45,6 +45,16 @@ def teacher_accuracy(source: DataSource, path: Path) -> float | None:
     return float((logits[usable].argmax(axis=1) == labels[usable]).mean()) if usable.any() else None
 
 
+def teacher_here(config: Config, source: DataSource) -> Teacher:
+    """The teacher in this process, with the precision that it has, or would have, where the run asks it.
+
+    On the GPU of the process, if it has one, unless the run's teacher is a pool without GPUs: Ray does not hide them.
+    """
+    params = config.teacher.model_copy(update={"precision": compute_dtype(config)})
+    device = "cpu" if config.cluster.name != "inprocess" and not config.teacher.pool.num_gpus else None
+    return Teacher(**teacher_arguments(params, source, config.train.batch_size, device))
+
+
 @dataclass(frozen=True)
 class LogitsHere:
     """The teacher in this process."""
@@ -56,7 +66,7 @@ class LogitsHere:
 
     @cached_property
     def teacher(self) -> Teacher:
-        return Teacher(**teacher_arguments(self.config.teacher, self.source, self.config.train.batch_size))
+        return teacher_here(self.config, self.source)
 
     def compute(self, split: SplitName, reader: SplitReader) -> Path:
         """The file with the logits of a split; what an earlier run has kept is used."""

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -169,12 +169,12 @@ def check_teacher(config: Config, source: DataSource) -> CheckedTeacher:
         fingerprint_state(classifier.network.state_dict()),
         params.architecture(),
         describe_preprocessing(params, source.spec),
-        _compute_dtype(config),
+        compute_dtype(config),
         class_similarity(classifier) if "last_layer" in config.loss.needs else None,
     )
 
 
-def _compute_dtype(config: Config) -> str:
+def compute_dtype(config: Config) -> Literal["fp32", "bf16"]:
     """The teacher's precision, resolved."""
     precision = config.teacher.precision
     if precision != "auto":
