@@ -226,3 +226,5 @@ def _own_process_state(config: Config) -> Iterator[None]:
         gc.collect()  # a trial that was stopped leaves its network in a ring of references
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        if config.train.compile:  # what is compiled is kept by the function, and after eight networks no further one is
+            torch.compiler.reset()

@@ -79,7 +79,9 @@ class _Loop:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         self.network = context.wrap(network)
         if job.params.compile:
-            self.network = torch.compile(self.network)  # type: ignore[assignment]
+            # All blocks of a run have one shape. Without this word on it, a run of other blocks before this one in the
+            # process would have it compiled for blocks of any shape.
+            self.network = torch.compile(self.network, dynamic=False)  # type: ignore[assignment]
         self.log = _StepLog(context)
 
     def run(self, source: BatchSource) -> TrainState:
