@@ -161,6 +161,16 @@ def _synchronised_batchnorm(config: Config, command: str) -> Iterator[Problem]:
         )
 
 
+def _no_gpu_is_shared_by_workers(config: Config, command: str) -> Iterator[Problem]:
+    share, workers = config.cluster.num_gpus_per_worker, config.cluster.num_workers
+    if workers > 1 and 0 < share <= 0.5:
+        yield Problem(
+            "cluster.num_gpus_per_worker",
+            f"expected more than 0.5 for {workers} workers, got {share:g}; two of them may come to share a GPU, over "
+            "which NCCL refuses to average gradients; give each its own, or use one worker, whose steps are the same",
+        )
+
+
 def _group_is_large_enough(config: Config, command: str) -> Iterator[Problem]:
     rows = config.train.batch_size
     if config.loss.couples_batch and rows < _MIN_GROUP_ROWS:
@@ -304,6 +314,7 @@ _TRAINING_RULES: _Rules = (
     _selection_metric,
     _warmup_fits,
     _synchronised_batchnorm,
+    _no_gpu_is_shared_by_workers,
     _group_is_large_enough,
     _labels_may_be_mixed,
 )

@@ -65,6 +65,11 @@ def _(place: Place) -> list[str]:
     return place.distill("cluster.num_workers=2", "train.blocks_per_step=3")
 
 
+@mistake("workers that share a GPU")
+def _(place: Place) -> list[str]:
+    return place.distill("cluster.num_workers=2", "cluster.num_gpus_per_worker=0.5")
+
+
 @mistake("distilling without a teacher's weights")
 def _(place: Place) -> list[str]:
     return place.distill("teacher.checkpoint=null")
