@@ -6,13 +6,14 @@ blocks this worker must see. The loop knows neither Ray nor the tracker.
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -102,8 +103,12 @@ class Worker:
         from torch.nn.parallel import DistributedDataParallel
 
         devices = [self.device] if self.device.type == "cuda" else None
-        # Each worker's blocks are BatchNorm's groups; its statistics are averaged before they are used.
-        return DistributedDataParallel(network, device_ids=devices, forward_sync_buffers=False)
+        # Each worker's blocks are BatchNorm's groups; its statistics are averaged before they are used. Torch before
+        # 2.13 has another name for it, and then does not make buffers equal at the start: they are, as the weights are.
+        known = inspect.signature(DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        options: dict[str, Any] = {name: False}
+        return DistributedDataParallel(network, device_ids=devices, **options)
 
     def sum_over_workers(self, values: Tensor) -> Tensor:
         if self.world_size > 1:
