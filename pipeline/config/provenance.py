@@ -18,7 +18,7 @@ def collect_provenance() -> dict[str, Any]:
     """Git state of the code, versions of Python and packages, and the host."""
     return {
         "git": _git_state(Path(pipeline.__file__).parent),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: find_version(name) for name in _PACKAGES},
         "platform": {
             "host": platform.node(),
             "system": platform.platform(),
@@ -28,7 +28,8 @@ def collect_provenance() -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def find_version(package: str) -> str | None:
+    """Of an installed package; none where there is none of that name, as of this one in a mere checkout."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

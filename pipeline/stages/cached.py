@@ -6,9 +6,9 @@ import hashlib
 import platform
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config.provenance import find_version
 from pipeline.config.runs import Run
 from pipeline.config.schema import Config
 from pipeline.data import DataSource, SplitReader, TableReader
@@ -119,7 +119,7 @@ def describe_origin(run: Run) -> dict[str, Any]:
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "host": platform.node(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-        "versions": {name: version(name) for name in _PACKAGES},
+        "versions": {name: found for name in _PACKAGES if (found := find_version(name))},
         "run": run.name,
         "batch_size": run.config.train.batch_size,
     }

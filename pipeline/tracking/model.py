@@ -66,11 +66,16 @@ def log_classifier(client: MlflowClient, run_id: str, folder: Path, step: int) -
             data_path=str(folder),
             code_paths=[str(Path(pipeline.__file__).parent)],
             signature=build_signature(InputSpec.from_dict(card.input)),
-            pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in requirements],
+            pip_requirements=[f"{name}=={_version(name).partition('+')[0]}" for name in requirements],
         )
         client.log_model_artifacts(model.model_id, str(path))
     client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     return model.model_id
+
+
+def _version(package: str) -> str:
+    # It may have come by its smaller distribution, mlflow-skinny, which has the same versions.
+    return import_mlflow().__version__ if package == "mlflow" else version(package)
 
 
 def build_signature(spec: InputSpec) -> ModelSignature:
