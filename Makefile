@@ -10,7 +10,15 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
 	&& echo $$python && break; done)
 
-.PHONY: setup demo test test-slow check format lock clean
+# `make gpu` takes a given interpreter as it is, and the virtual environment without one.
+ifeq ($(origin PYTHON),file)
+GPU_PYTHON := $(BIN)/python
+GPU_SETUP := setup
+else
+GPU_PYTHON := $(PYTHON)
+endif
+
+.PHONY: setup demo test test-slow gpu check format lock clean
 
 setup: $(STAMP)
 
@@ -30,6 +38,9 @@ test: setup
 
 test-slow: setup
 	$(BIN)/pytest tests -m "slow and not bench"
+
+gpu: $(GPU_SETUP)
+	$(GPU_PYTHON) -m tests.gpu --only "$(ONLY)" $(GPU_OPTIONS)
 
 check: setup
 	$(BIN)/ruff format --check .

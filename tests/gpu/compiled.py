@@ -15,7 +15,7 @@ from tests.gpu.registry import Figures, Place, check
 from tests.gpu.timing import interleave, seconds_per_call
 from tests.unit.fits import SGD
 
-_CLOSE = 0.1  # of the range of the logits: compiled bf16 rounds at other places
+_CLOSE = 0.03  # of the range of the logits: compiled bf16 rounds at other places
 
 
 @check("compiled-teacher", limit_s=150)

@@ -22,7 +22,7 @@ from tests.gpu.registry import Figures, Place, check
 from tests.unit.fits import DATA, SEED, SGD, SOURCE, Recorder, make_spec
 
 _FP32_CLOSE = 0.01  # of the range of the logits: convolutions of a GPU round to TF32
-_BF16_CLOSE = 0.1
+_BF16_CLOSE = 0.03
 
 
 def image_spec(size: int, num_classes: int = 10) -> InputSpec:
@@ -138,10 +138,11 @@ def student_learns(place: Place) -> Figures:
     plain = TrainParams(epochs=2, batch_size=16, optimizer=SGD, log_every=1)
     losses = []
     for name, device in (("there", place.device), ("here", "cpu")):
-        _, events = fit_digits(place, device, name, plain)
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            _, events = fit_digits(place, device, name, plain)
         losses.append([event.data["metrics"]["train/loss"] for event in events if event.kind == "step"])
     apart = max(abs(one - other) / other for one, other in zip(*losses, strict=True))
-    if apart > 0.02:
+    if not apart < 0.01:
         raise AssertionError(f"losses of {len(losses[0])} steps differ from a CPU's by up to {apart:.3g} of them")
     mixed = {"precision": "bf16", "channels_last": True, "ema_decay": 0.9, "blocks_per_step": 2}
     state, events = fit_digits(place, place.device, "mixed", TrainParams(**{**dict(plain), **mixed, "epochs": 12}))
