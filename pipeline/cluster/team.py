@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from pipeline.cluster.journal import QueueDrain
+from pipeline.cluster.journal import QueueDrain, QueueEmitter
 from pipeline.cluster.ray_internals import get_node_ip_address
 from pipeline.cluster.tasks import find_pipeline_error
 from pipeline.contracts.events import Emitter, Event
@@ -37,9 +37,14 @@ class _Member:
     def is_there(self) -> bool:
         return True
 
-    def run(self, function: WorkerFunction, inputs: list[Any], argument: Any, *place: Any) -> None:
-        with contextlib.suppress(SystemExit):  # it would end the actor
-            function(ray.get(inputs[0]), argument, *place)
+    def run(
+        self, function: WorkerFunction, inputs: list[Any], argument: Any, rank: int, address: str, emitter: QueueEmitter
+    ) -> None:
+        try:
+            with contextlib.suppress(SystemExit):  # it would end the actor
+                function(ray.get(inputs[0]), argument, rank, address, emitter)
+        finally:
+            emitter.flush(_PATIENCE_S)
 
 
 class Team:

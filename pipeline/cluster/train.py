@@ -16,6 +16,7 @@ import ray.train
 from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
 
 from pipeline import errors
+from pipeline.cluster.journal import QueueEmitter
 from pipeline.cluster.stall import StallGuard
 from pipeline.cluster.stream import (
     Phase,
@@ -64,7 +65,7 @@ class FitPlan:
     start_from: Path | None = None
 
 
-def fit(plan: FitPlan, source: ray.ObjectRef[Any], stream: RunStream, emitter: Emitter) -> Path:
+def fit(plan: FitPlan, source: ray.ObjectRef[Any], stream: RunStream, emitter: QueueEmitter) -> Path:
     """Trains with Ray Train, going on from the last committed checkpoint in ``plan.storage``.
 
     Args:
@@ -155,6 +156,8 @@ def _worker(config: dict[str, Any]) -> None:
     except Exception as error:
         _record_fatal(error, plan.storage / _FATAL_FILE)
         raise
+    finally:
+        config["emitter"].flush()
 
 
 class ShardSource:

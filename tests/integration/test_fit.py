@@ -13,7 +13,6 @@ import torch
 from pipeline.cluster.journal import QueueDrain
 from pipeline.cluster.stream import RunStream, share
 from pipeline.cluster.train import FitPlan, fit
-from pipeline.contracts.events import Event
 from pipeline.errors import TrainingError
 from pipeline.evaluation import EvaluationParams
 from pipeline.losses.cross_entropy import CrossEntropyParams
@@ -30,7 +29,7 @@ from pipeline.training import (
     read_state,
     train,
 )
-from tests.integration.audit import SEED, TracedParams, make_stream
+from tests.integration.audit import SEED, Recorder, TracedParams, make_stream
 
 # Up to three fits a test, on a machine that may be busy.
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(900)]
@@ -45,19 +44,6 @@ TRAIN = TrainParams(
     checkpoint_every=4,  # at blocks 8, 16, 24 and 32; and where epochs end: 12, 24 and 36
     log_every=4,
 )
-
-
-class Recorder:
-    """Keeps events."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def emit(self, event: Event) -> None:
-        self.events.append(event)
-
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        return [event.data for event in self.events if event.kind == kind]
 
 
 @dataclass

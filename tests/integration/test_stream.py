@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-import ray
 import torch
 
 from pipeline.cluster import stream as stream_module
-from pipeline.cluster.journal import EventQueue, QueueEmitter
+from pipeline.cluster.journal import QueueDrain
 from pipeline.cluster.stream import PoolPlan, RunStream, build_stream, chain_streams
 from pipeline.config.schema import teacher_classes
 from pipeline.contracts.columns import SplitName
@@ -24,7 +23,7 @@ from pipeline.data.digits import DigitsParams
 from pipeline.models import Teacher, build_classifier
 from pipeline.models.mlp import MLPParams
 from pipeline.training import InProcessSource, RunPlan, teacher_arguments
-from tests.integration.audit import SEED, Stream, WideReader, consume, make_stream
+from tests.integration.audit import SEED, Recorder, Stream, WideReader, consume, make_stream
 from tests.integration.conftest import FAKE_ACCELERATOR
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -141,7 +140,8 @@ def test_pool_gives_the_logits_of_the_teacher_in_process(tmp_path: Path) -> None
     params: Any = teacher_classes()["mlp"].model_validate({"hidden": (32,), "checkpoint": str(tmp_path / "teacher.pt")})
     arguments = teacher_arguments(params, SOURCE, BATCH_SIZE)
     options = {"num_cpus": 1, "resources": {FAKE_ACCELERATOR: 1}, "max_restarts": -1, "max_task_retries": 3}
-    queue: Any = ray.remote(num_cpus=0)(EventQueue).remote()
+    recorder = Recorder()
+    drain = QueueDrain(recorder)
     stream = make_stream(
         damaged.reader,
         damaged.decoder("train"),
@@ -150,7 +150,7 @@ def test_pool_gives_the_logits_of_the_teacher_in_process(tmp_path: Path) -> None
         damaged.data.augment,
         damaged.data.num_views,
         pool=PoolPlan(pickle.dumps(arguments), 2, 2, options, 1),
-        emitter=QueueEmitter(queue),
+        emitter=drain.emitter,
     )
     taken = consume([build_stream(stream.plan, 3, 35)], 2, copy_block, with_teacher=True)
     iterator = InProcessSource(damaged, damaged.reader, stream.planner, damaged.data, SEED, 35, Teacher(**arguments))
@@ -167,9 +167,9 @@ def test_pool_gives_the_logits_of_the_teacher_in_process(tmp_path: Path) -> None
         assert not np.isin(block["sample_ids"], damaged.BAD_IDS).any()
         skipped |= set(planned[bad].tolist())
     assert skipped
-    told = {int(number) for event in ray.get(queue.drain.remote()) for number in event.data.get("bad_rows", ())}
+    drain.close()
+    told = {int(number) for event in recorder.events for number in event.data.get("bad_rows", ())}
     assert skipped <= told <= set(damaged.BAD_IDS.tolist())  # a partner may be bad as well
-    ray.kill(queue)
 
 
 # --- segments and cursor ----------------------------------------------------------------------------------------

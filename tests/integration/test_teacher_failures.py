@@ -18,14 +18,13 @@ from pipeline.cluster.stream import PoolPlan, RunStream, build_stream, share
 from pipeline.cluster.train import FitPlan, fit
 from pipeline.config.schema import teacher_classes
 from pipeline.contracts.columns import InputSpec
-from pipeline.contracts.events import Event
 from pipeline.errors import ModelError
 from pipeline.evaluation import EvaluationParams
 from pipeline.losses.kd import KDParams
 from pipeline.models import Teacher
 from pipeline.models.mlp import MLPParams
 from pipeline.training import InProcessSource, RunSpec, TrainParams, make_plan, teacher_arguments
-from tests.integration.audit import SEED, Stream, TracedParams, consume, make_stream
+from tests.integration.audit import SEED, Recorder, Stream, TracedParams, consume, make_stream
 from tests.integration.conftest import FAKE_ACCELERATOR
 from tests.integration.networks import faulty
 
@@ -74,17 +73,12 @@ def test_teacher_whose_logits_are_nan_ends_training_without_a_retry(tmp_path: Pa
     run = make_plan(stream.planner, params)
     spec = RunSpec(DATA, MLPParams(hidden=(4,)), KDParams(), params, EvaluationParams(), SEED, run)
     plan = FitPlan(spec, tmp_path / "ray", 1, {"CPU": 1.0}, 1, 3, True)
-    events: list[Event] = []
-
-    class Recorder:
-        def emit(self, event: Event) -> None:
-            events.append(event)
-
-    drain = QueueDrain(Recorder())
+    recorder = Recorder()
+    drain = QueueDrain(recorder)
     with pytest.raises(ModelError, match="the teacher's logits are not finite in 1 of 8 rows: check its weights"):
         fit(plan, share(SOURCE), RunStream((stream.plan,), (run.num_blocks,)), drain.emitter)
     drain.close()
-    assert len([event for event in events if event.kind == "plan"]) == 1
+    assert len(recorder.of("plan")) == 1
     record = json.loads((tmp_path / "ray" / "fatal.json").read_text())
     assert record["type"] == "ModelError"
 
