@@ -16,7 +16,7 @@ from pipeline.contracts.events import Emitter, Event
 from pipeline.data import SplitReader
 from pipeline.data.cache import LogitsDecoder, LogitsReader
 from pipeline.data.sealing import seal_fill
-from pipeline.errors import ResourceError, TrainingError
+from pipeline.errors import ResourceError
 from pipeline.evaluation.metrics import TEACHER_METRICS
 from pipeline.stages.cached import plan_seal
 from pipeline.stages.joining import join_cluster
@@ -25,17 +25,16 @@ from pipeline.stages.pool import list_stream_demands
 from pipeline.stages.session import RunSession
 from pipeline.stages.work import Work
 from pipeline.training import (
-    BestRecord,
     Evaluation,
     EvaluationSpec,
     FillHere,
     InProcessSource,
     LocalContext,
+    Outcome,
     RunSpec,
     build_job,
     evaluate_weights,
     find_local,
-    read_state,
     train,
 )
 
@@ -52,8 +51,8 @@ class Execution(Protocol):
         """The file with the teacher's logits on a split; none without a teacher."""
         ...
 
-    def train(self, spec: RunSpec) -> BestRecord:
-        """Trains to the end of the plan; returns what is kept."""
+    def train(self, spec: RunSpec) -> Outcome:
+        """Trains to the end of the plan."""
         ...
 
     def evaluate(self, split: SplitName, reader: SplitReader) -> Evaluation:
@@ -89,7 +88,7 @@ class _InProcess:
     def logits(self, split: SplitName, reader: SplitReader) -> Path | None:
         return None if self._teacher is None else self._teacher.compute(split, reader)
 
-    def train(self, spec: RunSpec) -> BestRecord:
+    def train(self, spec: RunSpec) -> Outcome:
         work, skipped = self._work, self._session.skipped
         self._session.say("training")
         source = InProcessSource(
@@ -106,7 +105,7 @@ class _InProcess:
         )
         state = train(build_job(spec, work.source, skipped), _local_context(work, self._session), source)
         self._session.say("training", "finished")
-        return _kept(state.best)
+        return state.outcome
 
     def _seal(self, spec: RunSpec) -> tuple[LogitsReader, LogitsDecoder]:
         """The cache that was filled up to now."""
@@ -151,14 +150,14 @@ class _OnRay:
         if self._work.cached is not None:
             check_demand(list_stream_demands(self._work.config, "teacher actor"))
 
-    def train(self, spec: RunSpec) -> BestRecord:
+    def train(self, spec: RunSpec) -> Outcome:
         in_driver = self._work.config.cluster.name == "driver"
         self._session.say("training", detail="starting the workers, the stream and the teachers")
-        best = self._train_in_driver(spec) if in_driver else self._train_in_workers(spec)
+        outcome = self._train_in_driver(spec) if in_driver else self._train_in_workers(spec)
         self._session.say("training", "finished")
-        return best
+        return outcome
 
-    def _train_in_workers(self, spec: RunSpec) -> BestRecord:
+    def _train_in_workers(self, spec: RunSpec) -> Outcome:
         from pipeline.cluster.stream import share
         from pipeline.cluster.train import FitPlan, fit
 
@@ -174,16 +173,15 @@ class _OnRay:
             start_from=find_local(work.run.dir / "checkpoints"),
         )
         folder = fit(plan, share(work.source), self._run_stream(spec), self._drain.emitter)
-        saved = read_state(folder)["best"]
-        return _kept(None if saved is None else BestRecord(**saved))
+        return Outcome.read(folder)
 
-    def _train_in_driver(self, spec: RunSpec) -> BestRecord:
+    def _train_in_driver(self, spec: RunSpec) -> Outcome:
         from pipeline.cluster.train import DriverSource
 
         work = self._work
         source = DriverSource(self._run_stream(spec), work.teacher is not None, self._session.journal)
         context = _local_context(work, self._session)
-        return _kept(train(build_job(spec, work.source, self._session.skipped), context, source).best)
+        return train(build_job(spec, work.source, self._session.skipped), context, source).outcome
 
     def evaluate(self, split: SplitName, reader: SplitReader) -> Evaluation:
         spec = _evaluation_spec(self._work, split, reader, self.logits(split, reader), self._drain.emitter)
@@ -313,9 +311,3 @@ def _evaluation_spec(
         student_device(work.config),
         emitter,
     )
-
-
-def _kept(best: BestRecord | None) -> BestRecord:
-    if best is None:
-        raise TrainingError("training ended without an evaluated checkpoint; see ray.log in the run folder")
-    return best

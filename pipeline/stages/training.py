@@ -9,7 +9,7 @@ from pipeline.config.request import Request
 from pipeline.config.results import write_json
 from pipeline.config.runs import Run
 from pipeline.config.schema import Config
-from pipeline.contracts.events import Event, read_events
+from pipeline.contracts.events import Event, Journal, read_events
 from pipeline.data import DataSource
 from pipeline.losses import Perturbation
 from pipeline.models import Classifier, ModelCard, build_classifier, save_model
@@ -20,7 +20,7 @@ from pipeline.stages.session import RunSession
 from pipeline.stages.skipped import SkippedRows
 from pipeline.stages.story import Story, tell
 from pipeline.stages.work import Work, check_labels, prepare_work
-from pipeline.training import BestRecord, open_test
+from pipeline.training import BestRecord, Outcome, RunPlan, open_test
 
 
 def run_training(request: Request, defaults: Sequence[str] = ()) -> int:
@@ -39,12 +39,15 @@ def _carry_out(work: Work, session: RunSession) -> None:
     with open_execution(work, session) as execution:
         session.began = True
         logits = execution.logits("validation", work.source.split("validation"))
-        best = execution.train(work.spec(logits, _find_perturbation(work, logits, session)))
+        outcome = execution.train(work.spec(logits, _find_perturbation(work, logits, session)))
+        best = outcome.best
         classifier = keep_best(work, best)
         session.journal.emit(Event("model", {"path": str(work.run.dir / "model")}))
         metrics = dict(best.metrics)
         if work.config.evaluation.test:
             metrics |= evaluate_test(work, execution, session, best, "the kept checkpoint, once, at the end of its run")
+    # By now all that was on its way to the journal has arrived.
+    complete_record(session.journal, work.plan, outcome)
     write_evaluations(work.run, best.step)
     extra = {
         "best_step": best.step,
@@ -60,6 +63,24 @@ def _find_perturbation(work: Work, logits: Path | None, session: RunSession) -> 
     if not work.config.loss.wants_perturbation or logits is None:
         return None
     return select(work.config.selection, work.source, logits, session).perturbation
+
+
+def complete_record(journal: Journal, plan: RunPlan, outcome: Outcome) -> None:
+    """Puts evaluations that the journal of a trained run lacks into it: that of the last step, and of the kept one.
+
+    The last checkpoint has them too. The journal may lack them where a driver was killed before they had reached it.
+    """
+    recorded = {
+        event.data["step"]
+        for event, _ in read_events(journal.path)
+        if event.kind == "evaluation" and event.data["split"] == "validation"
+    }
+    for data in outcome.evaluations:
+        step = data["step"]
+        if step not in recorded:
+            message = f"the evaluation at step {step} had not reached the journal; it is from the last checkpoint"
+            journal.emit(Event("warning", {"message": message}))
+            journal.emit(Event("evaluation", {"epoch": plan.epoch_of_step(step), **data}))
 
 
 def write_evaluations(run: Run, step: int) -> None:

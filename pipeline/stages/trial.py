@@ -21,12 +21,12 @@ from pipeline.config.validate import build_config
 from pipeline.contracts.events import Emitter, Event, Journal
 from pipeline.data import DataSource, SplitReader
 from pipeline.data.cache import CacheKey, LogitsReader
-from pipeline.errors import PipelineError, TrainingError
+from pipeline.errors import PipelineError
 from pipeline.search import TrialTask
 from pipeline.stages.cached import make_decoder
 from pipeline.stages.search_configs import TRIAL_COMMAND
 from pipeline.stages.skipped import SkippedRows
-from pipeline.stages.training import keep_best, write_evaluations
+from pipeline.stages.training import complete_record, keep_best, write_evaluations
 from pipeline.stages.work import CheckedTeacher, plan_work
 from pipeline.training import InProcessSource, LocalContext, RunSpec, TrainState, build_job, make_planner, train
 from pipeline.training.context import find_local, process_group
@@ -143,10 +143,9 @@ def _train(inputs: TrialInputs, run: Run, task: TrialTask, journal: Journal, rep
         ):
             context = make_context(world_size=team.size, store=store)
             state = _train_worker(inputs, config, spec, context, skipped)
-    best = state.best
-    if best is None:
-        raise TrainingError("training ended without an evaluated checkpoint")
+    best = state.outcome.best
     keep_best(work, best)
+    complete_record(journal, work.plan, state.outcome)
     write_evaluations(run, best.step)
     extra = {
         "best_step": best.step,

@@ -18,7 +18,7 @@ from pipeline.training.job import (
 from pipeline.training.loop import TrainJob, train
 from pipeline.training.params import OptimizerParams, TrainParams
 from pipeline.training.plan import RunPlan
-from pipeline.training.state import BestRecord, TrainState, read_state
+from pipeline.training.state import BestRecord, Outcome, TrainState, read_state
 from pipeline.training.validation import Evaluation, EvaluationSet, open_test
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "InProcessSource",
     "LocalContext",
     "OptimizerParams",
+    "Outcome",
     "RunPlan",
     "RunSpec",
     "TeacherArguments",

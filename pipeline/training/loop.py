@@ -204,19 +204,16 @@ class _Loop:
         if improved or best is None:
             state.best = BestRecord(value, state.step, epoch, result.metrics, state.evaluated_weights())
         state.last_metrics = result.metrics
-        self.context.emit(
-            Event(
-                "evaluation",
-                {
-                    "split": "validation",
-                    "step": state.step,
-                    "epoch": epoch,
-                    "metrics": result.metrics,
-                    "per_class": result.per_class,
-                    "best": improved,
-                },
-            )
-        )
+        data = {
+            "split": "validation",
+            "step": state.step,
+            "epoch": epoch,
+            "metrics": result.metrics,
+            "per_class": result.per_class,
+            "best": improved,
+        }
+        state.note_evaluation(data)
+        self.context.emit(Event("evaluation", data))
 
     def _save(self) -> None:
         metrics = {**self.state.last_metrics, "step": float(self.state.step)}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.contracts.checkpoints import write_cursor
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, TrainingError
 from pipeline.models import Classifier
 from pipeline.models.classifier import describe_error
 
@@ -33,6 +33,36 @@ class BestRecord:
     weights: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What training that is over has come to.
+
+    Attributes:
+        best: what the run keeps.
+        evaluations: see ``TrainState``.
+    """
+
+    best: BestRecord
+    evaluations: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, best: BestRecord | None, evaluations: list[dict[str, Any]]) -> Outcome:
+        """That of a state.
+
+        Raises:
+            TrainingError: nothing was evaluated.
+        """
+        if best is None:
+            raise TrainingError("training ended without an evaluated checkpoint")
+        return cls(best, evaluations)
+
+    @classmethod
+    def read(cls, folder: Path) -> Outcome:
+        """That of a checkpoint; raises as ``of`` and ``read_state`` do."""
+        saved = read_state(folder)
+        return cls.of(_best(saved), _evaluations(saved))
+
+
 @dataclass
 class TrainState:
     """Everything a run needs to go on as if it had never stopped.
@@ -41,6 +71,7 @@ class TrainState:
         step: optimizer steps taken; the cursor into the stream is ``step * blocks_per_step``.
         best: the best evaluated weights so far; ties go to the earlier.
         last_metrics: of the latest evaluation.
+        evaluations: data of the events of the latest evaluation and of the best one, for a journal that lost them.
     """
 
     classifier: Classifier
@@ -50,6 +81,17 @@ class TrainState:
     step: int = 0
     best: BestRecord | None = None
     last_metrics: dict[str, float] = field(default_factory=dict)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def outcome(self) -> Outcome:
+        """What a run that ends now has come to; raises as ``Outcome.of`` does."""
+        return Outcome.of(self.best, self.evaluations)
+
+    def note_evaluation(self, data: dict[str, Any]) -> None:
+        """Keeps the data of an evaluation's event, after ``best`` was set."""
+        best = [one for one in self.evaluations if self.best is not None and one["step"] == self.best.step]
+        self.evaluations = [*best, data]
 
     def evaluated(self) -> nn.Module:
         """What is evaluated and kept: the averaged weights where there are some."""
@@ -76,6 +118,7 @@ class TrainState:
             "ema": None if self.ema is None else self.ema.state_dict(),
             "best": best,
             "last_metrics": self.last_metrics,
+            "evaluations": self.evaluations,
         }
         with explain_writing(folder):
             torch.save(values, folder / STATE_FILE)
@@ -104,8 +147,9 @@ class TrainState:
                 f"has {self.blocks_per_step}; set train.blocks_per_step={saved['blocks_per_step']}"
             )
         self.step = saved["step"]
-        self.best = None if saved["best"] is None else BestRecord(**saved["best"])
+        self.best = _best(saved)
         self.last_metrics = saved["last_metrics"]
+        self.evaluations = _evaluations(saved)
 
 
 @contextmanager
@@ -145,6 +189,33 @@ def forget_best(folder: Path) -> None:
         OSError, RuntimeError: it cannot be written; see ``explain_writing``.
     """
     torch.save({**read_state(folder), "best": None}, folder / STATE_FILE)
+
+
+def _best(saved: dict[str, Any]) -> BestRecord | None:
+    return None if saved["best"] is None else BestRecord(**saved["best"])
+
+
+def _evaluations(saved: dict[str, Any]) -> list[dict[str, Any]]:
+    if "evaluations" in saved:
+        found: list[dict[str, Any]] = saved["evaluations"]
+        return found
+    # The first versions kept metrics alone. Those of the latest evaluation are asked for at the end of a run, and there
+    # they are of this step.
+    best = _best(saved)
+    values = {saved["step"]: saved["last_metrics"]}
+    if best is not None:
+        values[best.step] = best.metrics
+    return [
+        {
+            "split": "validation",
+            "step": step,
+            "metrics": metrics,
+            "per_class": {},
+            "best": best is not None and step == best.step,
+        }
+        for step, metrics in values.items()
+        if metrics
+    ]
 
 
 def read_state(folder: Path) -> dict[str, Any]:

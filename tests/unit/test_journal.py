@@ -1,4 +1,4 @@
-"""The journal of a run on a disk that is full."""
+"""The journal of a run: on a disk that is full, and when a record does not reach it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import pytest
 
 from pipeline.cli.main import main
 from pipeline.contracts.events import Event, Journal, read_events
+from pipeline.stages.training import complete_record
+from pipeline.training import BestRecord, Outcome, RunPlan
 
 
 def test_a_line_that_does_not_fit_is_taken_back(tmp_path: Path) -> None:
@@ -54,3 +56,23 @@ def test_a_run_on_a_disk_that_fills_up_says_so_and_goes_on(
         f"pipeline train-teacher resume={run_dir}: what the run saved before is whole"
     )
     assert main(["train-teacher", f"resume={run_dir}"]) == 0
+
+
+def test_evaluations_that_a_run_must_not_end_without_come_from_the_checkpoint(tmp_path: Path) -> None:
+    """That of the last step, and of the kept one; what is on record stays as it is."""
+    plan = RunPlan(batch_size=8, blocks_per_epoch=10, blocks_per_step=1, num_epochs=3)
+    kept, last = ({"split": "validation", "step": step, "metrics": {"val/top1": 0.5}} for step in (10, 30))
+    best = BestRecord(0.5, 10, 1, {"val/top1": 0.5}, {})
+    journal = Journal(tmp_path / "events.jsonl")
+    recorded = [{"split": "validation", "step": 20}, {"split": "test", "step": 10}]
+    for data in recorded:
+        journal.emit(Event("evaluation", data))
+    for _ in range(2):  # nothing is missing the second time
+        complete_record(journal, plan, Outcome(best, [kept, last]))
+    events = [event for event, _ in read_events(journal.path)]
+    found = [event.data for event in events if event.kind == "evaluation"]
+    assert found == [*recorded, {"epoch": 1, **kept}, {"epoch": 3, **last}]
+    assert [event.data["message"] for event in events if event.kind == "warning"] == [
+        "the evaluation at step 10 had not reached the journal; it is from the last checkpoint",
+        "the evaluation at step 30 had not reached the journal; it is from the last checkpoint",
+    ]

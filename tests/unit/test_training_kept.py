@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,7 @@ from pipeline.training import (
     Block,
     Evaluation,
     LocalContext,
+    Outcome,
     TrainParams,
     build_job,
     read_state,
@@ -75,11 +77,31 @@ def test_best_checkpoint_is_kept(select_by: str, values: list[float], best_epoch
             kept.append(read_state(folder))
             super().commit(folder, metrics)
 
-    state = train(job, Watching(tmp_path, Recorder(), torch.device("cpu")), source_of(spec))
+    recorder = Recorder()
+    state = train(job, Watching(tmp_path, recorder, torch.device("cpu")), source_of(spec))
     assert state.best is not None
     assert (state.best.epoch, state.best.step) == (best_epoch, best_epoch * 11)
     assert state.best.value == pytest.approx(values[best_epoch - 1], nan_ok=True)
     assert_identical(state.best.weights, dict(kept[best_epoch - 1]["network"]))
+    # A journal that lost them can be given what it was told of this step and of the last.
+    told = {event.data["step"]: event.data for event in recorder.events if event.kind == "evaluation"}
+    wanted = [told[step] for step in dict.fromkeys((state.best.step, 44))]
+    assert json.dumps(Outcome.read(tmp_path / "last").evaluations) == json.dumps(wanted)
+
+
+def test_checkpoints_of_the_first_versions_know_metrics_and_steps_of_evaluations(tmp_path: Path) -> None:
+    spec = make_spec(TrainParams(epochs=2, batch_size=16, optimizer=SGD))
+    values = ScriptedValidation("val/top1", [0.5, 0.25])
+    job: Any = replace(build_job(spec, SOURCE), validation=values)  # type: ignore[arg-type]
+    train(job, LocalContext(tmp_path, Recorder(), torch.device("cpu")), source_of(spec))
+    saved = read_state(tmp_path / "last")
+    del saved["evaluations"]
+    torch.save(saved, tmp_path / "last" / "state.pt")
+    expected = {"split": "validation", "per_class": {}}
+    assert Outcome.read(tmp_path / "last").evaluations == [
+        {**expected, "step": 22, "metrics": {"val/top1": 0.25}, "best": False},
+        {**expected, "step": 11, "metrics": {"val/top1": 0.5}, "best": True},
+    ]
 
 
 def test_average_of_the_weights_is_what_is_evaluated_and_kept(tmp_path: Path) -> None:
