@@ -32,6 +32,9 @@ _NOT_IDENTITY = (
     "search.time_budget_s",
 )
 
+# Where something lies that may be moved: what is there is compared by its fingerprint.
+_MOVABLE = ("teacher.checkpoint",)
+
 # Totals that a later command may raise with key=+N; all else of a run stays as it began.
 EXTENDABLE = ("train.epochs", "search.num_trials")
 
@@ -138,11 +141,11 @@ def hash_config(config: Config) -> str:
 
 
 def list_differences(stored: Config, given: Config) -> list[str]:
-    """``path: stored -> given`` for every field of the identity that differs."""
+    """``path: stored -> given`` for every field of the identity that differs, but for those that may be moved."""
     old, new = flatten(identity(stored.to_dict())), flatten(identity(given.to_dict()))
     lines = []
     for path in sorted(old.keys() | new.keys()):
-        if old.get(path) != new.get(path):
+        if path not in _MOVABLE and old.get(path) != new.get(path):
             lines.append(f"{path}: {old.get(path, '(absent)')} -> {new.get(path, '(absent)')}")
     return lines
 
