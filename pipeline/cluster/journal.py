@@ -134,6 +134,12 @@ class QueueDrain:
         finally:
             self._lock.release()
 
+    def abandon(self, timeout_s: float) -> None:
+        """As ``close``, for a process that is about to be gone."""
+        self.flush(timeout_s)
+        with contextlib.suppress(ray.exceptions.RayError):  # Ray was left already
+            self._queue.close.remote()
+
     def close(self) -> None:
         """Moves what is left and ends the actor.
 
@@ -147,7 +153,7 @@ class QueueDrain:
             self._give_up(math.inf)
             self._write()
             with contextlib.suppress(ray.exceptions.RayError):
-                ray.get(self._queue.remove.remote(), timeout=_LATE_S)
+                ray.get(self._queue.close.remote(), timeout=_LATE_S)
         finally:
             ray.kill(self._queue)
 

@@ -45,6 +45,7 @@ class Spool:
         self._memory: deque[Sent] = deque()
         self._capacity = capacity
         self._dropped = 0
+        self._closed = False
         if begun:
             self._warn(
                 "the process that gathers the run's records died and was started again; nothing of the record is lost, "
@@ -54,6 +55,8 @@ class Spool:
     def put(self, sent: Sent) -> None:
         """Keeps an event; one that belongs to the record is safe from then on."""
         sender, number, event = sent
+        if self._closed:
+            return
         if event.kind not in LIVE_ONLY:
             try:
                 self._file.emit(Event(event.kind, {**event.data, _STAMP: [sender, number]}, event.time))
@@ -80,8 +83,9 @@ class Spool:
             answer.append(Sent(sender, number, event))
         return answer, offset
 
-    def remove(self) -> None:
-        """Deletes the file."""
+    def close(self) -> None:
+        """Deletes the file; what is put from then on is dropped."""
+        self._closed = True
         self._file.path.unlink(missing_ok=True)
 
     def _warn(self, message: str) -> None:

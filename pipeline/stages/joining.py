@@ -38,7 +38,7 @@ def join_cluster(run: Run, session: RunSession, demands: Sequence[Demand], place
         ) as release:
             session.listen(lambda event: release() if event.kind == placed_by else None)
             drain = QueueDrain(session.skipped)
-            session.before_kill(lambda: drain.flush(0.3))
+            session.before_kill(lambda: drain.abandon(0.3))
             try:
                 yield drain
             finally:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,6 +40,7 @@ def drain(recorder: Recorder) -> Iterator[QueueDrain]:
     drain = QueueDrain(recorder, interval_s=3600.0)
     yield drain
     drain.close()
+    assert not list(Path(tempfile.gettempdir()).glob(f"{drain.emitter._name}*"))
 
 
 def process_of(drain: QueueDrain) -> int:

@@ -55,6 +55,14 @@ def test_only_what_the_live_view_alone_wants_is_dropped_and_counted(tmp_path: Pa
     assert spool.read(offset) == ([], offset)
 
 
+def test_no_file_is_left(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool.jsonl")
+    spool.put(sent(0))
+    spool.close()
+    spool.put(sent(1))  # of a worker that goes on until it is stopped
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_full_disk_loses_nothing_while_the_process_lives(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool.jsonl")
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
