@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.compose import ParsedOverride, compose, parse_overrides
+from pipeline.config.own_code import kept_code
 from pipeline.config.request import Request
 from pipeline.config.schema import Config, drop_path, get_path, set_path
-from pipeline.config.stored import EXTENDABLE, StoredRun, find_run, read_run
+from pipeline.config.stored import EXTENDABLE, StoredRun, find_run, never_began, read_run
 from pipeline.config.validate import build_config
 from pipeline.errors import ConfigError, RunError
 from pipeline.search import Branch, Space
@@ -61,6 +62,8 @@ def load_config(request: Request, defaults: Sequence[str] = (), runs_root: Path 
             )
         raw = _overlay(stored.raw, composed, parse_overrides(overrides, request.conf_dirs))
         set_path(raw, "run.dir", str(stored.dir))
+    if stored is not None and not never_began(stored.dir):
+        _use_kept_code(raw, stored.dir)
     extends = _extend(raw, stored)
     if request.command == "search":
         _fill_options(raw, request.conf_dirs)
@@ -76,6 +79,7 @@ def load_stored(run: StoredRun, overrides: Sequence[str], conf_dirs: Sequence[Pa
         ConfigError: see ``compose`` and ``build_config``.
     """
     raw = _overlay(run.raw, compose(overrides, conf_dirs), parse_overrides(overrides, conf_dirs))
+    _use_kept_code(raw, run.dir)
     return build_config(raw, None)
 
 
@@ -114,6 +118,13 @@ def _fill_options(raw: dict[str, Any], conf_dirs: Sequence[Path]) -> None:
             path = f"search.options.{axis.path}.{option}"
             if "." not in axis.path and get_path(raw, path) is None:
                 set_path(raw, path, compose([f"{axis.path}={option}"], conf_dirs)[axis.path])
+
+
+def _use_kept_code(raw: dict[str, Any], run_dir: Path) -> None:
+    """The networks of a run are built by the modules that it keeps, wherever it goes on."""
+    for path, folder in kept_code(run_dir).items():
+        if "factory" in (raw.get(path.partition(".")[0]) or {}):
+            set_path(raw, path, folder)
 
 
 def _overlay(stored: dict[str, Any], composed: dict[str, Any], overrides: Sequence[ParsedOverride]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import IO, Any, Self
 
 import yaml
 
+from pipeline.config.own_code import drop_code, keep_code, kept_code
 from pipeline.config.provenance import collect_provenance
 from pipeline.config.results import read_run_id, write_json, write_result
 from pipeline.config.schema import Config
@@ -25,16 +26,26 @@ from pipeline.config.stored import (
     StoredRun,
     hash_config,
     list_differences,
+    never_began,
     read_json,
     read_run,
     write_text,
 )
 from pipeline.config.validate import build_config
 from pipeline.contracts.locks import LOCK, LockedError, hold_lock
+from pipeline.contracts.own_code import CODE_FOLDER, Code
 from pipeline.errors import RunError
 
+_PATHS = (
+    ("data", "path"),
+    ("cache", "path"),
+    ("teacher", "checkpoint"),
+    ("student", "checkpoint"),
+    ("teacher", "code"),
+    ("student", "code"),
+)
 # A folder with nothing else in it was left by a start that died before run.json was there.
-_BEFORE_RUN_JSON = frozenset({LOCK, "config.yaml", "status.json", "provenance.json"})
+_BEFORE_RUN_JSON = frozenset({LOCK, "config.yaml", "status.json", "provenance.json", CODE_FOLDER})
 
 
 class Run:
@@ -76,7 +87,8 @@ class Run:
         """Takes a run back that was made a moment ago and never began, so that a corrected one can have its folder."""
         if self.resumed or self.finished:
             return
-        for name in ("run.json", *_BEFORE_RUN_JSON):
+        drop_code(self.dir)
+        for name in ("run.json", *_BEFORE_RUN_JSON - {CODE_FOLDER}):
             (self.dir / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # something else is in it
             self.dir.rmdir()
@@ -152,6 +164,7 @@ def open_run(
     *,
     runs_root: Path = Path("runs"),
     provenance: Callable[[], Mapping[str, Any]] = dict,
+    code: Callable[[], Mapping[str, Code]] = dict,
     extends: bool = False,
     wait_s: float = 0.0,
 ) -> Run:
@@ -162,6 +175,8 @@ def open_run(
         config: validated; paths may be relative to the working folder.
         runs_root: where a new folder is made if ``run.dir`` is not set.
         provenance: facts recorded with a new run (fingerprints of data and teacher); not called for an old one.
+        code: the user's modules that the networks of a new run are built by, for each role (teacher, student); they are
+            kept in the folder, and the configuration then names them there. Not called for an old run.
         extends: whether ``config`` may differ from the stored one in a total; see ``load_config``.
         wait_s: how long to wait for another process to leave the folder.
 
@@ -181,8 +196,9 @@ def open_run(
     try:
         stored = _read_stored(folder)
         if stored is None:
+            kept = keep_code(folder, code())
             resolved = _resolve(config, folder)
-            _write_new(folder, name, command, resolved, provenance)
+            _write_new(folder, name, command, resolved, lambda: {**provenance(), **kept})
             return Run(folder, name, command, resolved, lock, resumed=False, finished=False)
         resolved = _resolve(_adopt(config, stored), folder)
         changed = _compare(stored, command, resolved, extends)
@@ -194,6 +210,7 @@ def open_run(
         return Run(folder, stored.name, command, resolved, lock, resumed=not finished, finished=finished)
     except BaseException:
         if not (folder / "run.json").exists():  # made or locked a moment ago, and no run yet
+            drop_code(folder)
             (folder / LOCK).unlink(missing_ok=True)
             if named is None:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -266,7 +283,7 @@ def _lock(folder: Path, wait_s: float = 0.0) -> IO[str]:
 
 def _read_stored(folder: Path) -> StoredRun | None:
     if (folder / "run.json").exists():
-        if not _never_began(folder):
+        if not never_began(folder):
             return read_run(folder)
         # What was refused before it began holds nobody to its configuration.
         for name in ("events.jsonl", "tracking.json", "result.json", "run.json"):
@@ -280,15 +297,6 @@ def _read_stored(folder: Path) -> StoredRun | None:
             f"{', '.join(others[:3])}; give another folder"
         )
     return None
-
-
-def _never_began(folder: Path) -> bool:
-    """Whether the run was refused (exit code 2) before any work, so that nothing of it is there to go on with."""
-    result = folder / "result.json"
-    if not result.exists() or any((folder / name).exists() for name in ("checkpoints", "ray", "model")):
-        return False
-    values = read_json(result)
-    return values.get("status") == "failed" and values.get("exit_code") == 2
 
 
 def _adopt(config: Config, stored: StoredRun) -> Config:
@@ -344,7 +352,7 @@ def _write_config(folder: Path, name: str, command: str, config: Config, created
 
 def _resolve(config: Config, folder: Path) -> Config:
     place = {"run.dir": str(folder), "tracking.uri": _tracking_uri(config.tracking.uri, folder)}
-    return settle(config).with_values(place)
+    return settle(config).with_values(place | kept_code(folder))
 
 
 def settle(config: Config) -> Config:
@@ -352,7 +360,7 @@ def settle(config: Config) -> Config:
     values: dict[str, Any] = {}
     if config.train.blocks_per_step is None:
         values["train.blocks_per_step"] = config.cluster.num_workers
-    for section, key in (("data", "path"), ("teacher", "checkpoint"), ("student", "checkpoint"), ("cache", "path")):
+    for section, key in _PATHS:
         path = getattr(getattr(config, section), key, None)
         if isinstance(path, str) and "://" not in path:
             values[f"{section}.{key}"] = os.path.abspath(os.path.expanduser(path))

@@ -27,6 +27,8 @@ _NOT_IDENTITY = (
     "cluster",
     "tracking",
     "teacher.pool",
+    "teacher.code",
+    "student.code",
     "cache.path",
     "search.max_concurrent",
     "search.time_budget_s",
@@ -99,6 +101,15 @@ def read_run(folder: Path) -> StoredRun:
         return StoredRun(folder, run["name"], run["command"], run["config_hash"], raw, status["status"])
     except KeyError as error:
         raise _damaged(folder, error) from error
+
+
+def never_began(folder: Path) -> bool:
+    """Whether the run was refused (exit code 2) before any work, so that nothing of it is there to go on with."""
+    result = folder / "result.json"
+    if not result.exists() or any((folder / name).exists() for name in ("checkpoints", "ray", "model")):
+        return False
+    values = read_json(result)
+    return values.get("status") == "failed" and values.get("exit_code") == 2
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ A network is one module here: its parameter model, registered under its ``name``
 """
 
 from pipeline.models.classifier import Classifier, build_classifier, class_similarity, describe_preprocessing
+from pipeline.models.custom import CustomParams
 from pipeline.models.params import MODELS, ModelParams, PoolParams, TeacherParams
 from pipeline.models.teacher import Teacher
 from pipeline.models.weights import (
@@ -21,6 +22,7 @@ from pipeline.models.weights import (
 __all__ = [
     "MODELS",
     "Classifier",
+    "CustomParams",
     "ModelCard",
     "ModelParams",
     "PoolParams",

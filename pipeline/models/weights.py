@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.contracts.columns import InputSpec
+from pipeline.contracts.own_code import CODE_FOLDER
 from pipeline.errors import CheckpointError
 from pipeline.models.classifier import Classifier, describe_error, describe_preprocessing, network_spec
 from pipeline.models.params import ModelParams
@@ -187,8 +189,12 @@ class ModelCard:
         )
 
 
-def save_model(folder: Path, classifier: Classifier, card: ModelCard) -> None:
-    """Writes ``model.safetensors`` and ``model.json`` to ``folder``, replacing an earlier one as a whole."""
+def save_model(folder: Path, classifier: Classifier, card: ModelCard, code: Path | None = None) -> None:
+    """Writes ``model.safetensors`` and ``model.json`` to ``folder``, replacing an earlier one as a whole.
+
+    Args:
+        code: folder of the user's modules that the network is built by, copied to ``code/``; none: it needs none.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         fresh = Path(scratch, "new")
@@ -200,6 +206,8 @@ def save_model(folder: Path, classifier: Classifier, card: ModelCard) -> None:
         }
         safetensors.torch.save_file(state_dict, fresh / WEIGHTS_FILE)
         (fresh / CARD_FILE).write_text(json.dumps(asdict(card), indent=2) + "\n", encoding="utf-8")
+        if code is not None:
+            shutil.copytree(code, fresh / CODE_FOLDER, ignore=shutil.ignore_patterns("__pycache__"))
         if folder.exists():  # a folder cannot be renamed onto one that is not empty
             folder.rename(Path(scratch, "old"))
         fresh.rename(folder)

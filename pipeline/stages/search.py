@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,12 +19,14 @@ from pipeline.contracts.events import Event
 from pipeline.data import DataSource, SplitReader
 from pipeline.data.cache import LogitsReader
 from pipeline.errors import TrainingError
+from pipeline.models import CustomParams, build_classifier
 from pipeline.search.study import PastTrial
 from pipeline.stages.cache_build import CacheWork, complete_cache, open_teacher, prepare_cache
 from pipeline.stages.cached import open_logits
 from pipeline.stages.execution import list_demands, worker_bundle
 from pipeline.stages.joining import connect, join_cluster
 from pipeline.stages.logits import logits_path
+from pipeline.stages.own_network import check_fresh
 from pipeline.stages.search_board import FAILED_SHARE, TrialBoard
 from pipeline.stages.search_configs import TrialConfigs
 from pipeline.stages.search_population import Population
@@ -68,7 +70,10 @@ class _Work:
 
 def search(request: Request) -> int:
     """Returns 0; the run folder holds every trial, what came of them, and the winner."""
-    story = Story(_check, _prepare, _carry_out, _show, extend="search.num_trials=+N extends it")
+    story = Story(
+        _check, _prepare, _carry_out, _show, extend="search.num_trials=+N extends it",
+        variants=lambda config: [config, *TrialConfigs(config).check()],
+    )  # fmt: skip
     return tell(story, request, SEARCH_DEFAULTS)
 
 
@@ -81,6 +86,8 @@ def _prepare(run: Run, source: DataSource, teacher: CheckedTeacher | None) -> _W
     configs = TrialConfigs(run.config)
     built = configs.check()
     num_epochs = max(config.train.epochs for config in built)
+    if not run.resumed and not run.finished:
+        _check_own_networks([run.config, *built], source)
     if teacher is None:
         return _Work(run, source, None, open_training(source), configs, None, num_epochs)
     wanting = next((config for config in built if "last_layer" in config.loss.needs), None)
@@ -88,6 +95,13 @@ def _prepare(run: Run, source: DataSource, teacher: CheckedTeacher | None) -> _W
         teacher = check_teacher(wanting, source)
     cache = prepare_cache(run, source, teacher)
     return _Work(run, source, teacher, cache.reader, configs, cache, num_epochs)
+
+
+def _check_own_networks(configs: Iterable[Config], source: DataSource) -> None:
+    """Tries a network of each factory of the user's that the trials use."""
+    networks = [config.student for config in configs]
+    for params in {params.factory: params for params in networks if isinstance(params, CustomParams)}.values():
+        check_fresh(params, build_classifier(params, source.spec), source)
 
 
 def _show(run: Run) -> None:

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.own_code import kept_code
 from pipeline.config.schema import Config, get_path, set_path
 from pipeline.config.validate import build_config
 from pipeline.errors import ConfigError
@@ -63,6 +64,9 @@ class TrialConfigs:
         set_path(raw, "evaluation.test", False)  # selection never sees it
         for axis, value in self.space.assignments(draw) if draw is not None else ():
             self._assign(raw, axis, value)
+        kept = kept_code(Path(self.config.run.dir)) if self.config.run.dir else {}
+        if "factory" in raw["student"] and "student.code" in kept:
+            set_path(raw, "student.code", kept["student.code"])
         return build_config(raw, TRIAL_COMMAND)
 
     def _assign(self, raw: dict[str, Any], axis: Axis, value: Any) -> None:

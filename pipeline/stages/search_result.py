@@ -29,6 +29,7 @@ from pipeline.report.search import (
 from pipeline.report.search_charts import importances, render_charts
 from pipeline.search.study import make_study
 from pipeline.stages.execution import student_device, worker_bundle
+from pipeline.stages.own_network import check_kept
 from pipeline.stages.search_configs import TrialConfigs, describe_draw
 from pipeline.stages.search_trials import Trial, best_trials, past_trials, read_trials, trial_folder
 from pipeline.stages.search_winner import (
@@ -69,6 +70,7 @@ def conclude(
     command = write_choice(configs, winner, run.dir / "winner", verdict)
     best = max(winner.repeats.values(), key=lambda trial: (1 if configs.maximises else -1) * (trial.value or 0.0))
     _copy_model(trial_folder(run.dir, best.label) / "model", run.dir / "model")
+    check_kept(configs.build(winner.draw, Path("winner"), "winner").student, run.dir / "model", source)
     text = "\n".join(
         [
             textwrap.fill(verdict, 100, subsequent_indent="  ", break_long_words=False),

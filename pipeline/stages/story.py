@@ -9,16 +9,18 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from pipeline.config.load import load_config
+from pipeline.config.own_code import check_code_unchanged
 from pipeline.config.request import Request
 from pipeline.config.rules import asks_teacher, uses_pool
 from pipeline.config.runs import Run, open_run
 from pipeline.config.schema import Config
+from pipeline.contracts.own_code import Code
 from pipeline.data import DataSource
 from pipeline.errors import PipelineError, RunError
 from pipeline.report.tables import render_table
 from pipeline.stages.execution import preflight_rows
 from pipeline.stages.session import RunSession, has_rest, run_interruptibly, send_rest
-from pipeline.stages.work import CheckedTeacher, check_teacher
+from pipeline.stages.work import CheckedTeacher, check_teacher, collect_own_code
 
 WorkT = TypeVar("WorkT")
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -35,6 +37,7 @@ class Story(Generic[WorkT]):
         show: prints the result of a finished run, and the path of ``result.json`` as the last line.
         extend: how a finished run is gone on with, for people; empty where it cannot be.
         dataset: what the tracker records of the data; none: the data set as it is.
+        variants: the configurations that networks are built from; none: that of the run alone.
     """
 
     check: Callable[[Config, DataSource], None]
@@ -43,6 +46,7 @@ class Story(Generic[WorkT]):
     show: Callable[[Run], None]
     extend: str = ""
     dataset: Callable[[WorkT], Mapping[str, Any]] | None = None
+    variants: Callable[[Config], Sequence[Config]] | None = None
 
 
 def tell(story: Story[WorkT], request: Request, defaults: Sequence[str] = ()) -> int:
@@ -62,7 +66,14 @@ def tell(story: Story[WorkT], request: Request, defaults: Sequence[str] = ()) ->
     story.check(loaded.config, source)
     teacher = check_teacher(loaded.config, source) if asks_teacher(loaded.config, request.command) else None
     facts = {"data": source.fingerprint, "teacher": None if teacher is None else teacher.fingerprint}
-    with open_run(request.command, loaded.config, provenance=lambda: facts, extends=loaded.extends) as run:
+
+    def collect_code() -> Mapping[str, Code]:
+        variants = (loaded.config,) if story.variants is None else story.variants(loaded.config)
+        return collect_own_code(variants, request.command)
+
+    with open_run(
+        request.command, loaded.config, provenance=lambda: facts, code=collect_code, extends=loaded.extends
+    ) as run:
 
         def describe(work: WorkT) -> Mapping[str, Any]:
             return _describe_dataset(source, run) if story.dataset is None else story.dataset(work)
@@ -128,10 +139,10 @@ def _carry_out(story: Story[WorkT], work: WorkT, session: RunSession) -> None:
 
 
 def _check_unchanged(run: Run, facts: Mapping[str, str | None]) -> None:
-    """Refuses to go on with a run whose data or teacher are no longer what it began with.
+    """Refuses to go on with a run whose data, teacher or own modules are no longer what it began with.
 
     Raises:
-        RunError: with both fingerprints.
+        RunError: with both fingerprints, or the module.
     """
     recorded = run.read_provenance()
     for name, now in facts.items():
@@ -140,6 +151,7 @@ def _check_unchanged(run: Run, facts: Mapping[str, str | None]) -> None:
                 f"{run.dir} began with {name} of fingerprint {recorded.get(name)}, but it now has {now}; put back what "
                 "it began with, or start a new run"
             )
+    check_code_unchanged(run.dir, run.config)
 
 
 def _announce(run: Run) -> None:

@@ -12,9 +12,10 @@ from pipeline.config.schema import Config
 from pipeline.contracts.events import Event, Journal, read_events
 from pipeline.data import DataSource
 from pipeline.losses import Perturbation
-from pipeline.models import Classifier, ModelCard, build_classifier, save_model
+from pipeline.models import Classifier, CustomParams, ModelCard, build_classifier, save_model
 from pipeline.report.tables import render_table
 from pipeline.stages.execution import Execution, open_execution
+from pipeline.stages.own_network import check_kept
 from pipeline.stages.selection import check_selection, select
 from pipeline.stages.session import RunSession
 from pipeline.stages.skipped import SkippedRows
@@ -42,6 +43,7 @@ def _carry_out(work: Work, session: RunSession) -> None:
         outcome = execution.train(work.spec(logits, _find_perturbation(work, logits, session)))
         best = outcome.best
         classifier = keep_best(work, best)
+        check_kept(work.network, work.run.dir / "model", work.source)
         session.journal.emit(Event("model", {"path": str(work.run.dir / "model")}))
         metrics = dict(best.metrics)
         if work.config.evaluation.test:
@@ -97,7 +99,8 @@ def keep_best(work: Work, best: BestRecord) -> Classifier:
     classifier = build_classifier(work.network, work.source.spec)
     classifier.network.load_state_dict(best.weights)
     card = ModelCard.describe(work.network, classifier, best.metrics, work.source.fingerprint)
-    save_model(work.run.dir / "model", classifier, card)
+    code = work.network.code_folder if isinstance(work.network, CustomParams) else None
+    save_model(work.run.dir / "model", classifier, card, code)
     return classifier
 
 

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from pipeline.config.rules import TEACHER_ONLY, asks_teacher
 from pipeline.config.runs import Run
 from pipeline.config.schema import Config
 from pipeline.contracts.columns import SplitName
+from pipeline.contracts.own_code import Code
 from pipeline.data import BlockPlanner, DataSource, SplitReader
 from pipeline.data.cache import LogitsDecoder, LogitsReader
 from pipeline.errors import DataError
 from pipeline.losses import Perturbation
 from pipeline.models import (
+    CustomParams,
     ModelParams,
     build_classifier,
     class_similarity,
@@ -28,6 +31,7 @@ from pipeline.models import (
     load_teacher_weights,
 )
 from pipeline.stages.cached import Fill, cache_key, is_complete, open_cached, plan_fill
+from pipeline.stages.own_network import check_fresh
 from pipeline.training import RunPlan, RunSpec, make_plan, make_planner, open_training
 
 
@@ -105,6 +109,24 @@ class Work:
 def trained_network(config: Config, command: str) -> tuple[str, ModelParams]:
     """Which group's network a command trains, and its parameters."""
     return ("teacher", config.teacher) if command == "train-teacher" else ("student", config.student)
+
+
+def collect_own_code(configs: Iterable[Config], command: str) -> Mapping[str, Code]:
+    """The user's modules that networks of these configurations are built by, for each role: teacher, student.
+
+    Raises:
+        ModelError: one of them cannot be imported.
+    """
+    found: dict[str, dict[str, bytes]] = {}
+    seen: set[tuple[str, str, str | None]] = set()
+    for config in configs:
+        roles = {"teacher"} if asks_teacher(config, command) else set()
+        for role in roles if command in TEACHER_ONLY else roles | {trained_network(config, command)[0]}:
+            params = getattr(config, role)
+            if isinstance(params, CustomParams) and (key := (role, params.factory, params.code)) not in seen:
+                seen.add(key)
+                found.setdefault(role, {}).update(params.collect_code())
+    return found
 
 
 def check_labels(config: Config, source: DataSource, *, training: bool = True) -> None:
@@ -187,11 +209,13 @@ def compute_dtype(config: Config) -> Literal["fp32", "bf16"]:
 
 
 def prepare_work(run: Run, source: DataSource, teacher: CheckedTeacher | None) -> Work:
-    """Order and length of the run; the network is built once here, so that what is wrong with it shows now."""
+    """Order and length of the run; the network is built and tried here, so that what is wrong with it shows now."""
     config = run.config
     role, network = trained_network(config, run.command)
     classifier = build_classifier(network, source.spec)
     load_initial_weights(classifier, network, role=role)
+    if not run.resumed and not run.finished:
+        check_fresh(network, classifier, source)
     reader = open_training(source)
     work = plan_work(run, source, teacher, reader)
     if teacher is None or config.teacher.source == "online":

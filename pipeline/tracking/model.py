@@ -5,10 +5,11 @@ from __future__ import annotations
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pipeline
 from pipeline.contracts.columns import InputSpec
+from pipeline.contracts.own_code import CODE_FOLDER, list_distributions
 from pipeline.tracking.quiet import import_mlflow
 
 if TYPE_CHECKING:
@@ -26,48 +27,34 @@ _REQUIREMENTS = ("mlflow", "numpy", "pydantic", "safetensors", "torch", "torchvi
 def log_classifier(client: MlflowClient, run_id: str, folder: Path, step: int) -> str:
     """Stores the classifier of ``folder`` as a model of the run, once for each set of weights.
 
-    The model holds the weights, the card and this package's source, no pickle. It takes uint8
+    The model holds the weights, the card, this package's source and the user's own modules, no pickle. It takes uint8
     pixels (rows, channels, height, width), or float32 (rows, features), and returns float32
     probabilities (rows, num_classes).
 
     Args:
         client: connected to the server that has the run.
         run_id: the run that the model belongs to.
-        folder: holds ``model.safetensors`` and ``model.json``.
+        folder: holds ``model.safetensors``, ``model.json`` and, for a network of the user's own, ``code/``.
         step: optimizer step at which the weights were taken.
 
     Returns:
         MLflow's id of the model (``models:/<id>``).
     """
     import_mlflow()
-    from mlflow import pyfunc
     from mlflow.entities import LoggedModelStatus
-    from mlflow.models import Model
 
-    from pipeline.models import MODELS, read_card
+    from pipeline.models import read_card
 
     card = read_card(folder)
-    requirements = (*_REQUIREMENTS, *MODELS.get(card.params["name"]).requirements)
     model = _find_model(client, run_id, card.fingerprint) or _create_model(client, run_id, card.fingerprint, step)
     if model.status == LoggedModelStatus.READY:
         return model.model_id
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / MODEL_NAME
-        pyfunc.save_model(
-            path=path,
-            mlflow_model=Model(
-                artifact_path=model.artifact_location,
-                run_id=run_id,
-                model_uuid=model.model_id,
-                model_id=model.model_id,
-                metadata={"class_names": list(card.input["class_names"]), _FINGERPRINT_TAG: card.fingerprint},
-            ),
-            loader_module=LOADER_MODULE,
-            data_path=str(folder),
-            code_paths=[str(Path(pipeline.__file__).parent)],
-            signature=build_signature(InputSpec.from_dict(card.input)),
-            pip_requirements=[f"{name}=={_version(name).partition('+')[0]}" for name in requirements],
-        )
+        save_pyfunc(
+            path, folder, artifact_path=model.artifact_location, run_id=run_id, model_uuid=model.model_id,
+            model_id=model.model_id,
+        )  # fmt: skip
         client.log_model_artifacts(model.model_id, str(path))
     client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     return model.model_id
@@ -76,6 +63,40 @@ def log_classifier(client: MlflowClient, run_id: str, folder: Path, step: int) -
 def _version(package: str) -> str:
     # It may have come by its smaller distribution, mlflow-skinny, which has the same versions.
     return import_mlflow().__version__ if package == "mlflow" else version(package)
+
+
+def save_pyfunc(path: Path, folder: Path, **identity: Any) -> None:
+    """Writes the classifier of ``folder`` as a model of MLflow's to ``path``, with all the code that it needs.
+
+    Args:
+        folder: as for ``log_classifier``.
+        identity: what MLflow knows the model by; nothing: it belongs to no run.
+    """
+    import_mlflow()
+    from mlflow import pyfunc
+    from mlflow.models import Model
+
+    from pipeline.models import MODELS, read_card
+    from pipeline.models.weights import CARD_FILE, WEIGHTS_FILE
+
+    card = read_card(folder)
+    metadata = {"class_names": list(card.input["class_names"]), _FINGERPRINT_TAG: card.fingerprint}
+    code = folder / CODE_FOLDER
+    requirements = [*_REQUIREMENTS, *MODELS.get(card.params["name"]).requirements, *list_distributions(code)]
+    with tempfile.TemporaryDirectory() as temporary:
+        data = Path(temporary) / MODEL_NAME
+        data.mkdir()
+        for name in (WEIGHTS_FILE, CARD_FILE):  # links: MLflow copies what they mean
+            (data / name).symlink_to((folder / name).resolve())
+        pyfunc.save_model(
+            path=path,
+            mlflow_model=Model(**identity, metadata=metadata),
+            loader_module=LOADER_MODULE,
+            data_path=str(data),
+            code_paths=[str(Path(pipeline.__file__).parent), *map(str, sorted(code.glob("*")))],
+            signature=build_signature(InputSpec.from_dict(card.input)),
+            pip_requirements=[f"{name}=={_version(name).partition('+')[0]}" for name in dict.fromkeys(requirements)],
+        )
 
 
 def build_signature(spec: InputSpec) -> ModelSignature:

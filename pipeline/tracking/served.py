@@ -41,6 +41,8 @@ def _load_pyfunc(data_path: str) -> ServedClassifier:
     card = read_card(folder)
     spec = InputSpec.from_dict(card.input)
     values = {**card.params, "mean": card.mean, "std": card.std, "image_size": card.image_size}
+    if "factory" in values:
+        values["code"] = str(folder.parents[1] / "code")  # where MLflow puts it: beside data/, which holds the folder
     params = MODELS.get(card.params["name"]).model_validate(values)
     classifier = build_classifier(params, spec)
     load_weights(classifier.network, folder / WEIGHTS_FILE)
