@@ -25,6 +25,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import pipeline
+from pipeline.config.places import refuse_uri
 from pipeline.errors import ConfigError
 
 _EXTENSION = re.compile(r"([\w.]+)=(\+\d+)")
@@ -137,6 +138,7 @@ def _parse(text: str, groups: set[str]) -> ParsedOverride:
     if is_group and not override.is_delete() and not isinstance(override.value(), str | QuotedString):
         raise ConfigError(f"{text}: expected the name of a choice of group {key}, got {text.partition('=')[2]}")
     if is_group and str(override.value()).endswith((".yaml", ".yml")):
+        refuse_uri(key, str(override.value()))
         file = Path(str(override.value())).expanduser()
         if not file.is_file():
             raise ConfigError(f"{text}: there is no such file; give a file of group {key}, or the name of a choice")
@@ -168,6 +170,7 @@ def _parse_hydra(text: str) -> Override:
 
 def _folders(conf_dirs: Sequence[Path]) -> list[Path]:
     for folder in conf_dirs:
+        refuse_uri("--conf", str(folder))
         if not folder.is_dir():
             raise ConfigError(f"--conf {folder}: expected a folder of configuration groups, found none; check the path")
     return [*(folder.resolve() for folder in conf_dirs), shipped_conf()]

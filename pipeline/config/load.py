@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.config.compose import ParsedOverride, compose, parse_overrides
 from pipeline.config.own_code import kept_code
+from pipeline.config.places import refuse_uri
 from pipeline.config.request import Request
 from pipeline.config.schema import Config, drop_path, get_path, set_path
 from pipeline.config.stored import EXTENDABLE, StoredRun, find_run, never_began, read_run
@@ -19,6 +20,7 @@ from pipeline.errors import ConfigError, RunError
 from pipeline.search import Branch, Space
 
 _ABSENT = object()
+_PLACES = ("resume", "run", "out")
 
 
 @dataclass(frozen=True)
@@ -95,13 +97,15 @@ def take_run(
         The value, none if it is not given, and the other overrides.
 
     Raises:
-        ConfigError: given more than once, or without a value.
+        ConfigError: given more than once, without a value, or as a URI where a path has to be.
     """
     given = [text.removeprefix(f"{key}=") for text in overrides if text.startswith(f"{key}=")]
     if len(given) > 1:
         raise ConfigError(f"{key} is given {len(given)} times ({', '.join(given)}); give it once")
     if given and not given[0]:
         raise ConfigError(f"{key}=: expected {expected}, got nothing")
+    if given and key in _PLACES:
+        refuse_uri(key, given[0])
     return (given[0] if given else None), [text for text in overrides if not text.startswith(f"{key}=")]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from pipeline.config.places import find_uris
 from pipeline.config.rules import Problem, check_rules
 from pipeline.config.schema import Config, config_class, config_from_dict, drop_path, get_path
 from pipeline.errors import ConfigError
@@ -53,7 +54,7 @@ def build_config(raw: Mapping[str, Any], command: str | None) -> Config:
     Raises:
         ConfigError: lists every problem with its path, what was expected and what was given.
     """
-    problems = list(_non_finite(raw))
+    problems = [*_non_finite(raw), *(Problem(path, text) for path, text in find_uris(raw))]
     checkable = _without(raw, problems)  # JSON has no infinity, and no field wants one
     try:
         config = config_from_dict(checkable)

@@ -33,12 +33,17 @@ def import_own(module_name: str, folder: str | None) -> ModuleType:
         Exception: whatever the module raises.
     """
     if folder is not None:
-        sys.path[:] = [folder, *(entry for entry in sys.path if entry != folder)]
-        _forget_others(Path(folder))
+        place = _absolute(folder)
+        sys.path[:] = [str(place), *(entry for entry in sys.path if entry != str(place))]
+        _forget_others(place)
     elif os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     importlib.invalidate_caches()  # the folder may have been written a moment ago
     return importlib.import_module(module_name)
+
+
+def _absolute(folder: str) -> Path:
+    return Path(os.path.abspath(os.path.expanduser(folder)))
 
 
 def _forget_others(folder: Path) -> None:
@@ -69,7 +74,7 @@ def collect_code(module_name: str, folder: str | None) -> dict[str, bytes]:
     file = _file_of(import_own(module_name, folder))
     if file is None or file.suffix != ".py" or _INSTALLED & set(file.parts):
         return {}
-    root = Path(folder) if folder else file.parents[module_name.count(".") + (file.name == "__init__.py")]
+    root = _absolute(folder) if folder else file.parents[module_name.count(".") + (file.name == "__init__.py")]
     found: dict[str, bytes] = {}
     waiting = [module_name]
     seen: set[str] = set()

@@ -20,7 +20,7 @@ def show(request: Request) -> int:
     name, rest = take_run(request.overrides, "run")
     out, rest = take_run(rest, "out", "a file for the trials, such as trials.csv")
     if name is None and rest and "=" not in rest[0]:
-        name, rest = rest[0], rest[1:]
+        name, rest = take_run([f"run={rest[0]}", *rest[1:]], "run")
     if name is None:
         raise ConfigError("run: not set; give the run folder of a search, as in run=runs/search")
     if rest:

@@ -158,15 +158,20 @@ def write_pictures(path: Path, num_rows: int, seed: int) -> None:
 
 
 def test_own_pictures_and_own_network(tmp_path: Path, call: Call) -> None:
+    """The network's modules go where it goes: into the tracker's model, and with the run to any folder."""
     (tmp_path / "data").mkdir()
     write_pictures(tmp_path / "data" / "train.parquet", 240, seed=0)
     write_pictures(tmp_path / "data" / "test.parquet", 30, seed=1)
     (tmp_path / "own_networks.py").write_text(
         "from torch import nn\n\n\n"
         "def build(spec, width):\n"
+        "    from own_layers import hidden\n\n"
         "    channels, height, length = spec.shape\n"
-        "    return nn.Sequential(nn.Flatten(), nn.Linear(channels * height * length, width), nn.ReLU(),\n"
+        "    return nn.Sequential(nn.Flatten(), *hidden(channels * height * length, width),\n"
         "                         nn.Linear(width, spec.num_classes))\n"
+    )
+    (tmp_path / "own_layers.py").write_text(
+        "from torch import nn\n\n\ndef hidden(size, width):\n    return nn.Linear(size, width), nn.ReLU()\n"
     )
     (tmp_path / "conf" / "data").mkdir(parents=True)
     (tmp_path / "conf" / "data" / "quarters.yaml").write_text(
@@ -186,6 +191,15 @@ def test_own_pictures_and_own_network(tmp_path: Path, call: Call) -> None:
     assert metrics["test/top1"] > 0.9
     (test,) = [event for event in events_of(tmp_path / "runs" / "student", "evaluation") if event["split"] == "test"]
     assert set(test["per_class"]) == {"upper left", "upper right", "lower left"}
+    (logged,) = [
+        path for path in (tmp_path / "runs" / "mlartifacts").rglob("code") if (path / "own_networks.py").exists()
+    ]
+    assert {path.name for path in logged.iterdir()} == {"own_layers.py", "own_networks.py", "pipeline"}
+    (tmp_path / "elsewhere").mkdir()
+    elsewhere = run(tmp_path / "elsewhere", "evaluate", f"run={tmp_path}/runs/student")
+    assert elsewhere.code == 0, elsewhere.err
+    evaluated = json.loads(Path(elsewhere.last_line).read_text())["metrics"]
+    assert evaluated["test/top1"] == metrics["test/top1"]
 
 
 @pytest.mark.slow

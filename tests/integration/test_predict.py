@@ -223,7 +223,7 @@ def test_images_of_another_size(folder: Path, call: Call, tmp_path: Path) -> Non
         (["run=student"], "predict needs out=FILE.parquet"),
         (["run=student", "out="], "out=: expected the name of a Parquet file, got nothing"),
         (["run=student", "out=x.csv"], "expected a name that ends in .parquet"),
-        (["run=student", "out=s3://bucket/x.parquet"], "expected a file on a disk of this machine"),
+        (["run=student", "out=s3://bucket/x.parquet"], "out: expected a path on a disk of this machine"),
         (["run=student", "out={own}/a.parquet"], "exists already; remove it or name another file"),
         (["run=student", "out={own}/a.parquet/x.parquet"], "its folder cannot be made"),
         (["run=nothing", "out=x.parquet"], "no run 'nothing'"),

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from pipeline.config.load import load_config
+from pipeline.config.request import Request
+from pipeline.config.runs import open_run
 from pipeline.contracts.columns import InputSpec
 from pipeline.models.mlp import MLPParams
+from pipeline.stages.work import collect_own_code
 from tests.integration.mistakes.table import Place, mistake
 
 WEIGHTS = Path("model", "model.safetensors")
@@ -37,6 +42,11 @@ def own_teacher(place: Place, code: str, *overrides: str) -> list[str]:
 @mistake("a checkpoint that is not there")
 def _(place: Place) -> list[str]:
     return place.distill("teacher.checkpoint=runs/nobody")
+
+
+@mistake("a checkpoint on object storage")
+def _(place: Place) -> list[str]:
+    return place.distill("teacher.checkpoint=s3://models/teacher")
 
 
 @mistake("a folder without weights as checkpoint")
@@ -164,6 +174,33 @@ def _(place: Place) -> list[str]:
 def _(place: Place) -> list[str]:
     code = "from torch import nn\n\ndef build(spec): return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))\n"
     return own_teacher(place, code)
+
+
+@mistake("a network of one's own that needs more than its modules")
+def _(place: Place) -> list[str]:
+    module, plugin = f"networks_{place.folder.name}", f"plugin_{place.folder.name}"
+    code = f"import importlib\n\nfrom torch import nn\n\nimportlib.import_module('plugin_' + '{place.folder.name}')\n"
+    code += "def build(spec): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+    (place.folder / f"{module}.py").write_text(code)
+    (place.folder / f"{plugin}.py").touch()
+    return place.train("teacher=custom", f"teacher.factory={module}:build")
+
+
+@mistake("a module of one's own that was changed since the run began")
+def _(place: Place) -> list[str]:
+    module = place.folder / f"networks_{place.folder.name}.py"
+    module.write_text(
+        "from torch import nn\n\ndef build(spec): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+    )
+    own = ["teacher=custom", f"teacher.factory={module.stem}:build", "cluster=inprocess"]
+    request = Request("train-teacher", tuple(place.train(*own, "run.dir=runs/old")[1:]))
+    config = load_config(request, ("loss=cross_entropy",)).config
+    facts = {"data": config.data.open().fingerprint, "teacher": None}
+    kept = partial(collect_own_code, [config], request.command)
+    with open_run(request.command, config, provenance=lambda: facts, code=kept) as run:
+        run.set_status("killed")
+    module.write_text(module.read_text() + "# and more\n")
+    return ["train-teacher", "resume=runs/old"]
 
 
 @mistake("a teacher whose logits are NaN")

@@ -100,6 +100,11 @@ def _(place: Place) -> list[str]:
     return place.train("run.dir=thesis")
 
 
+@mistake("a run folder on object storage")
+def _(place: Place) -> list[str]:
+    return place.train("run.dir=s3://bucket/runs/new")
+
+
 @mistake("a run folder inside a job's unpacked copy")
 def _(place: Place) -> list[str]:
     folder = place.folder / "working_dir_files" / "package"

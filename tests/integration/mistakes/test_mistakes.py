@@ -42,6 +42,7 @@ def test_mistake(row: Row, place: Place, monkeypatch: pytest.MonkeyPatch, capsys
     if row.exit_code == 2:
         assert files_below(place.folder) == before
         assert not (place.folder / "runs" / "new").exists()
+        assert not list(place.folder.glob("*:"))  # a URI that was taken for a path
     elif case.run is not None:
         result = json.loads((place.folder / case.run / "result.json").read_text())
         assert (result["status"], result["exit_code"]) == ("failed", 1)
