@@ -60,13 +60,16 @@ def _is_same(file: Path, kept: Path) -> bool:
 
 
 def collect_code(module_name: str, folder: str | None) -> dict[str, bytes]:
-    """The module with all that it imports, directly or not, from the folder that holds it, the module's package and up.
+    """A module, and all that it imports, directly or not, from the folder that it is itself imported from.
 
-    Import statements are followed wherever they stand, also within functions. Of a package that is imported,
-    modules that were loaded without one are there too. Empty where the module belongs to an installed package.
+    Import statements are followed wherever they stand, also within functions. Of a package that is imported, modules
+    that it has loaded in another way (plugins) are there too. Empty where the module belongs to an installed package.
 
     Args:
         folder: as for ``import_own``.
+
+    Returns:
+        contents by path.
 
     Raises:
         Exception: whatever the module raises when it is imported.
