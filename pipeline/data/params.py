@@ -8,9 +8,9 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from pipeline.contracts.columns import InputSpec
-from pipeline.data.augment import AugmentParams
-from pipeline.data.decode import Decoder
-from pipeline.data.source import DataSource, SplitReader, check_fits
+from pipeline.data.pixels.augment import AugmentParams
+from pipeline.data.pixels.decode import Decoder
+from pipeline.data.sources.source import DataSource, SplitReader, check_fits
 from pipeline.registry import Params, Registry
 
 
@@ -73,4 +73,4 @@ class DataParams(Params):
         return source.split("test"), source.decoder("test")
 
 
-DATASETS: Registry[DataParams] = Registry("data set", "pipeline.data")
+DATASETS: Registry[DataParams] = Registry("data set", "pipeline.data.sources")

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.contracts.columns import LABEL, SAMPLE_ID
-from pipeline.data.decode import SourceFile
+from pipeline.data.pixels.decode import SourceFile
 from pipeline.errors import DataError
 
 ROW_GROUP_BYTES = 32 * 2**20

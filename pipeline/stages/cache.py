@@ -29,14 +29,14 @@ from pipeline.data.cache import (
     tolerance,
     verify_files,
 )
-from pipeline.data.order import BlockPlan
+from pipeline.data.order.epochs import BlockPlan
 from pipeline.errors import CacheError, ConfigError
+from pipeline.execution.caching import cache_key
+from pipeline.execution.logits import teacher_here
+from pipeline.execution.work import check_teacher
 from pipeline.report.cache import format_bytes, render_caches, render_manifest, render_plan
 from pipeline.report.rows import RowProgress
 from pipeline.report.tables import render_table
-from pipeline.stages.cached import cache_key
-from pipeline.stages.logits import teacher_here
-from pipeline.stages.work import check_teacher
 from pipeline.training import open_training
 
 _NAME = "the name of a cache, as `cache info` shows it"

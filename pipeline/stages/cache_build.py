@@ -33,15 +33,15 @@ from pipeline.data.cache import (
     open_manifest,
 )
 from pipeline.data.logits import load_logits
+from pipeline.execution.caching import cache_folder, cache_key, describe_origin
+from pipeline.execution.joining import join_cluster
+from pipeline.execution.logits import LogitsHere, Streams, teacher_accuracy
+from pipeline.execution.session import RunSession
+from pipeline.execution.skipped import SkippedRows
+from pipeline.execution.story import Story, tell
+from pipeline.execution.ways import list_demands
+from pipeline.execution.work import CheckedTeacher, check_validation_labels
 from pipeline.report.cache import format_bytes, render_manifest, render_topk_errors
-from pipeline.stages.cached import cache_folder, cache_key, describe_origin
-from pipeline.stages.execution import list_demands
-from pipeline.stages.joining import join_cluster
-from pipeline.stages.logits import LogitsHere, Streams, teacher_accuracy
-from pipeline.stages.session import RunSession
-from pipeline.stages.skipped import SkippedRows
-from pipeline.stages.story import Story, tell
-from pipeline.stages.work import CheckedTeacher, check_validation_labels
 from pipeline.training import open_training
 
 

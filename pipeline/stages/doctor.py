@@ -83,7 +83,7 @@ def _accelerators(config: Config) -> str:
 def _cluster(config: Config) -> str:
     from pipeline.cluster.preflight import check_demand, cluster_capacity, show_resources
     from pipeline.cluster.session import ray_session
-    from pipeline.stages.execution import list_demands
+    from pipeline.execution.ways import list_demands
 
     if config.cluster.name == "inprocess":
         return "not used: cluster=inprocess"

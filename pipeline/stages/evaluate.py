@@ -14,11 +14,11 @@ from pipeline.config.stored import StoredRun, find_run, read_run
 from pipeline.contracts.columns import SplitName
 from pipeline.data.logits import save_logits
 from pipeline.errors import ConfigError
+from pipeline.execution.logits import logits_path, teacher_here
+from pipeline.execution.skipped import FILE_NAME, SkippedRows
+from pipeline.execution.training import metrics_table
+from pipeline.execution.work import check_labels, check_teacher, trained_network
 from pipeline.models import resolve_checkpoint
-from pipeline.stages.logits import logits_path, teacher_here
-from pipeline.stages.skipped import FILE_NAME, SkippedRows
-from pipeline.stages.training import metrics_table
-from pipeline.stages.work import check_labels, check_teacher, trained_network
 from pipeline.training import Evaluation, EvaluationSpec, compute_logits, evaluate_weights, open_test
 
 

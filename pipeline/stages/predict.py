@@ -23,21 +23,21 @@ from pipeline.config.stored import StoredRun, find_run, read_run
 from pipeline.contracts.columns import INPUT, SAMPLE_ID, InputSpec
 from pipeline.data import AugmentParams, Decoder, SplitReader, iterate_rows
 from pipeline.data.bad_rows import NO_SAMPLE
-from pipeline.data.decode import BAD, name_row
+from pipeline.data.pixels.decode import BAD, name_row
 from pipeline.data.predictions import PredictionWriter
 from pipeline.errors import ConfigError, DataError, PipelineError, StreamError
-from pipeline.models import ModelCard, Teacher, build_classifier, load_checkpoint, read_card, resolve_checkpoint
-from pipeline.report.rows import RowProgress
-from pipeline.report.tables import render_table
-from pipeline.stages.pool import (
+from pipeline.execution.pool import (
     estimate_block_bytes,
     list_stream_demands,
     make_pool_plan,
     pool_device,
     stream_limits,
 )
-from pipeline.stages.session import end_process, run_interruptibly
-from pipeline.stages.work import trained_network
+from pipeline.execution.session import end_process, run_interruptibly
+from pipeline.execution.work import trained_network
+from pipeline.models import ModelCard, Teacher, build_classifier, load_checkpoint, read_card, resolve_checkpoint
+from pipeline.report.rows import RowProgress
+from pipeline.report.tables import render_table
 from pipeline.training import TeacherArguments, open_test
 
 _TAKES = ("data", "cluster", "teacher.pool", "evaluation.batch_size")

@@ -19,27 +19,27 @@ from pipeline.contracts.events import Event
 from pipeline.data import DataSource, SplitReader
 from pipeline.data.cache import LogitsReader
 from pipeline.errors import TrainingError
+from pipeline.execution.caching import open_logits
+from pipeline.execution.joining import connect, join_cluster
+from pipeline.execution.logits import logits_path
+from pipeline.execution.own_network import check_fresh
+from pipeline.execution.selection import select
+from pipeline.execution.session import RunSession
+from pipeline.execution.story import Story, tell
+from pipeline.execution.ways import list_demands, worker_bundle
+from pipeline.execution.work import CheckedTeacher, check_labels, check_teacher
 from pipeline.models import CustomParams, build_classifier
 from pipeline.search.study import PastTrial
 from pipeline.stages.cache_build import CacheWork, complete_cache, open_teacher, prepare_cache
-from pipeline.stages.cached import open_logits
-from pipeline.stages.execution import list_demands, worker_bundle
-from pipeline.stages.joining import connect, join_cluster
-from pipeline.stages.logits import logits_path
-from pipeline.stages.own_network import check_fresh
-from pipeline.stages.search_board import FAILED_SHARE, TrialBoard
-from pipeline.stages.search_configs import TrialConfigs
-from pipeline.stages.search_population import Population
-from pipeline.stages.search_result import conclude, render_state
-from pipeline.stages.search_tracking import TrialTrackers, list_unsent
-from pipeline.stages.search_trials import Trial, best_trials, past_trials, read_trials, trial_folder, unfinished
-from pipeline.stages.search_winner import confirmations
-from pipeline.stages.selection import select
-from pipeline.stages.session import RunSession
-from pipeline.stages.story import Story, tell
-from pipeline.stages.trial import TrialInputs, run_trial
-from pipeline.stages.work import CheckedTeacher, check_labels, check_teacher
 from pipeline.training import open_training
+from pipeline.trials.board import FAILED_SHARE, TrialBoard
+from pipeline.trials.configs import TrialConfigs
+from pipeline.trials.population import Population
+from pipeline.trials.records import Trial, best_trials, past_trials, read_trials, trial_folder, unfinished
+from pipeline.trials.result import conclude, render_state
+from pipeline.trials.tracking import TrialTrackers, list_unsent
+from pipeline.trials.trial import TrialInputs, run_trial
+from pipeline.trials.winner import confirmations
 
 # What the command starts from.
 SEARCH_DEFAULTS = ("teacher.source=cached", "cache.path=runs/cache")

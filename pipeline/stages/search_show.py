@@ -10,9 +10,9 @@ from pipeline.config.stored import find_run, read_run, write_text
 from pipeline.config.validate import build_config
 from pipeline.errors import ConfigError, RunError
 from pipeline.report.search import trials_csv
-from pipeline.stages.search_configs import TrialConfigs
-from pipeline.stages.search_result import render_state, trial_row
-from pipeline.stages.search_trials import read_trials
+from pipeline.trials.configs import TrialConfigs
+from pipeline.trials.records import read_trials
+from pipeline.trials.result import render_state, trial_row
 
 
 def show(request: Request) -> int:

@@ -12,14 +12,21 @@ from pipeline.config.runs import Run
 from pipeline.config.schema import Config
 from pipeline.contracts.columns import SplitName
 from pipeline.data import DataSource, SplitReader
-from pipeline.stages.execution import list_demands
-from pipeline.stages.joining import join_cluster
-from pipeline.stages.logits import LogitsHere, Streams, logits_path
-from pipeline.stages.selection import CHOICE, TABLE_FILE, check_selection, select, selection_folder, selection_metrics
-from pipeline.stages.session import RunSession
-from pipeline.stages.skipped import SkippedRows
-from pipeline.stages.story import Story, tell
-from pipeline.stages.work import CheckedTeacher, check_validation_labels
+from pipeline.execution.joining import join_cluster
+from pipeline.execution.logits import LogitsHere, Streams, logits_path
+from pipeline.execution.selection import (
+    CHOICE,
+    TABLE_FILE,
+    check_selection,
+    select,
+    selection_folder,
+    selection_metrics,
+)
+from pipeline.execution.session import RunSession
+from pipeline.execution.skipped import SkippedRows
+from pipeline.execution.story import Story, tell
+from pipeline.execution.ways import list_demands
+from pipeline.execution.work import CheckedTeacher, check_validation_labels
 
 _Compute = Callable[[SplitName, SplitReader], Path]
 
@@ -33,7 +40,7 @@ class _Work:
 
 
 def select_perturbation(request: Request) -> int:
-    """Returns 0; the run folder holds the choice, see ``pipeline.stages.selection``."""
+    """Returns 0; the run folder holds the choice, see ``pipeline.execution.selection``."""
     return tell(Story(_check, _prepare, _carry_out, _show), request)
 
 

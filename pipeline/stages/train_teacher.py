@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pipeline.config.request import Request
-from pipeline.stages.training import run_training
+from pipeline.execution.training import run_training
 
 
 def train_teacher(request: Request) -> int:
-    """Returns the exit code; see ``pipeline.stages.training``."""
+    """Returns the exit code; see ``pipeline.execution.training``."""
     return run_training(request, defaults=("loss=cross_entropy",))

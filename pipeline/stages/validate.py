@@ -10,10 +10,10 @@ from pipeline.config.runs import settle
 from pipeline.config.stored import hash_config
 from pipeline.contracts.columns import SPLITS, SplitName
 from pipeline.data import DataSource
+from pipeline.execution.ways import preflight_rows
+from pipeline.execution.work import check_labels
 from pipeline.models import build_classifier, load_initial_weights, load_teacher_weights
 from pipeline.report.tables import render_table
-from pipeline.stages.execution import preflight_rows
-from pipeline.stages.work import check_labels
 from pipeline.training import make_plan, make_planner, open_test, open_training
 
 

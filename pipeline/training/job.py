@@ -37,8 +37,8 @@ from pipeline.data import (
 )
 from pipeline.data.bad_rows import report_bad_rows
 from pipeline.data.cache import FillWriter, LogitsDecoder, LogitsReader
-from pipeline.data.decode import BAD
 from pipeline.data.logits import load_logits
+from pipeline.data.pixels.decode import BAD
 from pipeline.errors import ConfigError
 from pipeline.evaluation import EvaluationParams
 from pipeline.losses import LossParams, Objective

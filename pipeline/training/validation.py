@@ -15,7 +15,7 @@ from pipeline.contracts.columns import INPUT, LABEL, InputSpec, SplitName
 from pipeline.contracts.events import Emitter
 from pipeline.data import DataSource, Decoder, SplitReader, iterate_rows
 from pipeline.data.bad_rows import report_bad_rows
-from pipeline.data.decode import BAD
+from pipeline.data.pixels.decode import BAD
 from pipeline.errors import CheckpointError
 from pipeline.evaluation import EvaluationParams, Tally
 from pipeline.training.prefetch import host_tensor

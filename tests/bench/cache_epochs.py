@@ -86,7 +86,7 @@ def train_plainly(
 
     from pipeline.contracts.columns import INPUT, LABEL, SAMPLE_ID
     from pipeline.data import AugmentParams, BlockPlanner, EpochOrder, decode_block, read_blocks
-    from pipeline.data.parquet import ParquetParams
+    from pipeline.data.sources.parquet import ParquetParams
     from pipeline.losses.kd import kl_divergence
     from pipeline.models import MODELS, build_classifier
 

@@ -26,7 +26,7 @@ from pipeline.data.cache import (
     open_cache,
     row_bytes,
 )
-from pipeline.data.rows import RowGroups, RowSet
+from pipeline.data.order.rows import RowGroups, RowSet
 from tests.bench.measure import Series, say, table, verdict, write_section
 
 NUM_CLASSES = 100

@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from pipeline.contracts.columns import INPUT, LABEL
 from pipeline.data import AugmentParams, EpochOrder, decode_block, read_blocks
-from pipeline.data.order import BlockPlanner
-from pipeline.data.parquet import ParquetParams
+from pipeline.data.order.epochs import BlockPlanner
+from pipeline.data.sources.parquet import ParquetParams
 from pipeline.losses.kd import kl_divergence
 from pipeline.models import MODELS, build_classifier, load_weights
 from tests.bench.workload import STUDENT_WIDTH, TEACHER

@@ -24,7 +24,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from pipeline.contracts.events import Event, read_events
-from pipeline.stages.search_trials import read_trials, trial_folder
+from pipeline.trials.records import read_trials, trial_folder
 from tests.bench.cache_epochs import BATCH_SIZE, data_settings, train_plainly
 from tests.bench.cache_total import TEACHER, time_teacher
 from tests.bench.measure import Series, ratio, say, table, verdict, write_section

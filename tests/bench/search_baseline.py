@@ -73,7 +73,7 @@ def train_one(config: dict[str, Any]) -> None:
 
     from pipeline.contracts.columns import INPUT, LABEL
     from pipeline.data import AugmentParams
-    from pipeline.data.parquet import ParquetParams
+    from pipeline.data.sources.parquet import ParquetParams
     from pipeline.losses.kd import kl_divergence
     from pipeline.models import MODELS, build_classifier, load_weights
     from tests.bench.plain_loop import Blocks

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from pipeline.config.stored import read_json
 from pipeline.evaluation.bootstrap import Interval
 from pipeline.evaluation.seeds import mean_over_seeds
-from pipeline.stages.search_configs import describe_draw
+from pipeline.trials.configs import describe_draw
 from tests.bench.measure import say, table, write_section
 
 NUM_CLASSES = 10  # of CIFAR-100's

@@ -84,7 +84,7 @@ def _start_actor(folder: Path, checkpoint: Path) -> float:
     import ray
 
     from pipeline.cluster.pool import TeacherActor
-    from pipeline.data.parquet import ParquetParams
+    from pipeline.data.sources.parquet import ParquetParams
     from pipeline.models import MODELS
     from pipeline.training import teacher_arguments
 

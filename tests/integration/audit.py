@@ -27,7 +27,7 @@ from pipeline.data import (
     SplitReader,
     TableReader,
 )
-from pipeline.data.source import make_table
+from pipeline.data.sources.source import make_table
 
 T = TypeVar("T")
 

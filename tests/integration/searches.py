@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pipeline.config.results import read_run_id
-from pipeline.data.gaussians import GaussiansParams
+from pipeline.data.sources.gaussians import GaussiansParams
 from pipeline.models import build_classifier
 from pipeline.models.mlp import MLPParams
 from tests.integration.commands import mlflow_client

@@ -15,7 +15,7 @@ import pytest
 from pipeline.data.cache import folder as folder_module
 from pipeline.data.cache import list_caches, open_build, verify_files
 from pipeline.data.cache.folder import open_folder
-from pipeline.data.parquet import ParquetParams
+from pipeline.data.sources.parquet import ParquetParams
 from tests.unit.cached_runs import BATCH_SIZE, EXACT, NUM_TRAINED, VIEWS, Workplace
 from tests.unit.caches import files_of
 

@@ -102,7 +102,7 @@ def test_mlflow_holds_the_whole_run(made: tuple[Path, Ended, Ended]) -> None:
 
 
 def test_student_in_mlflow_predicts(made: tuple[Path, Ended, Ended], monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.data.digits import DigitsParams
+    from pipeline.data.sources.digits import DigitsParams
     from pipeline.tracking.quiet import import_mlflow
 
     mlflow = import_mlflow()

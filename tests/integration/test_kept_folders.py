@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.contracts.events import read_events
 from pipeline.data.cache import Cache, decode_logits, load_logits, open_manifest
-from pipeline.data.digits import DigitsParams
+from pipeline.data.sources.digits import DigitsParams
 from tests.integration.commands import Call, read_result
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

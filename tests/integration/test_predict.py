@@ -126,7 +126,7 @@ def test_network_of_a_teachers_run(folder: Path, own: Path, call: Call, tmp_path
 
 
 def test_without_data_it_is_the_test_split_of_the_run(folder: Path, call: Call, tmp_path: Path) -> None:
-    from pipeline.data.digits import DigitsParams
+    from pipeline.data.sources.digits import DigitsParams
 
     ended = call(folder, "predict", "run=student", f"out={tmp_path}/out.parquet", HERE)
     assert ended.code == 0, ended.err

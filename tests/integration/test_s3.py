@@ -28,8 +28,8 @@ from pipeline.data import (
     read_blocks,
     storage,
 )
-from pipeline.data.image_folder import ImageFolderParams
-from pipeline.data.parquet import ParquetParams
+from pipeline.data.sources.image_folder import ImageFolderParams
+from pipeline.data.sources.parquet import ParquetParams
 from pipeline.errors import ConfigError, DataError
 from tests.integration.s3_server import S3Server, run_s3
 

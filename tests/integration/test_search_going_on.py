@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.cli.main import main
 from pipeline.contracts.events import read_events
-from pipeline.stages.search_trials import read_trials
+from pipeline.trials.records import read_trials
 from tests.integration.commands import read_result, wait_until
 from tests.integration.searches import WAIT_S, children, start_search
 

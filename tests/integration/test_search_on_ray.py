@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from pipeline.cli.main import main
 from pipeline.config.results import read_run_id
 from pipeline.contracts.events import read_events
-from pipeline.stages.search_trials import read_trials
+from pipeline.trials.records import read_trials
 from tests.integration.commands import events_of, mlflow_client, read_result, wait_until
 from tests.integration.conftest import FAKE_ACCELERATOR
 from tests.integration.mlflow_server import Server

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli.main import main
+from pipeline.execution.selection import read_selection
 from pipeline.losses import Perturbation
-from pipeline.stages.selection import read_selection
 from tests.integration.commands import read_result
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.usefixtures("ray_cluster")]

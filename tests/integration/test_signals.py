@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from pipeline.contracts.events import read_events
-from pipeline.data.digits import DigitsParams
+from pipeline.data.sources.digits import DigitsParams
 from pipeline.models import build_classifier
 from pipeline.models.mlp import MLPParams
 

@@ -18,8 +18,8 @@ from pipeline.cluster.stream import PoolPlan, RunStream, build_stream, chain_str
 from pipeline.config.schema import teacher_classes
 from pipeline.contracts.columns import SplitName
 from pipeline.data import AugmentParams, Decoder, TableReader
-from pipeline.data.decode import BAD
-from pipeline.data.digits import DigitsParams
+from pipeline.data.pixels.decode import BAD
+from pipeline.data.sources.digits import DigitsParams
 from pipeline.models import Teacher, build_classifier
 from pipeline.models.mlp import MLPParams
 from pipeline.training import InProcessSource, RunPlan, teacher_arguments

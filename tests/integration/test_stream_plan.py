@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.cluster.stream import PoolPlan, StreamPlan, TrainingBlocks, build_stream, share
 from pipeline.data import AugmentParams, BlockPlanner, EpochOrder
-from pipeline.data.digits import DigitsParams
+from pipeline.data.sources.digits import DigitsParams
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

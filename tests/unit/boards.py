@@ -10,9 +10,9 @@ from typing import Any
 
 from pipeline.contracts.events import Journal, read_events
 from pipeline.search import TrialTask
-from pipeline.stages.search_board import TrialBoard
-from pipeline.stages.search_population import Population
-from pipeline.stages.search_trials import Trial, read_trials, trial_folder
+from pipeline.trials.board import TrialBoard
+from pipeline.trials.population import Population
+from pipeline.trials.records import Trial, read_trials, trial_folder
 
 
 class Bench:

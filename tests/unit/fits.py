@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from pipeline.contracts.columns import InputSpec
 from pipeline.contracts.events import Event
-from pipeline.data.augment import AugmentParams
-from pipeline.data.digits import DigitsParams
+from pipeline.data.pixels.augment import AugmentParams
+from pipeline.data.sources.digits import DigitsParams
 from pipeline.evaluation import EvaluationParams
 from pipeline.losses import LossParams
 from pipeline.losses.cross_entropy import CrossEntropyParams

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.data.cache import LoadedLogits, open_build
 from pipeline.data.cache.key import CacheKey
-from pipeline.data.parquet import ParquetParams
+from pipeline.data.sources.parquet import ParquetParams
 from pipeline.tracking.quiet import import_mlflow
 from tests.unit.cached_runs import (
     BATCH_SIZE,

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.stages.trial import _own_process_state
 from pipeline.training import TrainParams
+from pipeline.trials.trial import _own_process_state
 from tests.unit.fits import NOISY, SGD, fit, make_spec
 from tests.unit.runs import build
 

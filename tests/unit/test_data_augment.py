@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from pipeline.contracts.columns import InputSpec
 from pipeline.data import AugmentParams, augment
-from pipeline.data.augment import check_augment
-from pipeline.data.draws import Number, draw, draw_uniform
+from pipeline.data.pixels.augment import check_augment
+from pipeline.data.pixels.draws import Number, draw, draw_uniform
 from pipeline.errors import ConfigError
 
 BOTH = AugmentParams(crop_padding=2, flip=True)

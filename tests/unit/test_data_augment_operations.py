@@ -15,9 +15,16 @@ from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional
 
 from pipeline.data import AugmentParams, augment
-from pipeline.data.augment import draw_boxes
-from pipeline.data.draws import sample_keys
-from pipeline.data.randaugment import BRIGHTNESS, CONTRAST, OPERATIONS, SATURATION, apply_changes, draw_operations
+from pipeline.data.pixels.augment import draw_boxes
+from pipeline.data.pixels.draws import sample_keys
+from pipeline.data.pixels.randaugment import (
+    BRIGHTNESS,
+    CONTRAST,
+    OPERATIONS,
+    SATURATION,
+    apply_changes,
+    draw_operations,
+)
 
 HEIGHT, WIDTH = 24, 20
 IDS = np.arange(2000)

@@ -20,11 +20,11 @@ from pipeline.contracts.columns import BLOCK, ENCODED, INPUT, LABEL, PARTNER_LAB
 from pipeline.contracts.events import Event, Journal, read_events
 from pipeline.data import AugmentParams, BlockPlan, Decoder, decode_block, iterate_rows, read_blocks
 from pipeline.data.bad_rows import NO_SAMPLE, find_substitutes, report_bad_rows
-from pipeline.data.decode import BAD
-from pipeline.data.parquet import ParquetParams, ParquetSource
+from pipeline.data.pixels.decode import BAD
+from pipeline.data.sources.parquet import ParquetParams, ParquetSource
 from pipeline.errors import DataError
 from pipeline.evaluation import EvaluationParams
-from pipeline.stages.skipped import SkippedRows
+from pipeline.execution.skipped import SkippedRows
 from pipeline.training import EvaluationSet
 from pipeline.training.context import Worker
 

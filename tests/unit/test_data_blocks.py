@@ -24,8 +24,8 @@ from pipeline.data import (
     iterate_rows,
     read_blocks,
 )
-from pipeline.data.digits import DigitsParams
-from pipeline.data.parquet import ParquetParams
+from pipeline.data.sources.digits import DigitsParams
+from pipeline.data.sources.parquet import ParquetParams
 from pipeline.errors import StreamError
 
 AUGMENT = AugmentParams(crop_padding=1, flip=True)

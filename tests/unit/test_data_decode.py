@@ -14,9 +14,9 @@ from PIL import Image
 
 from pipeline.contracts.columns import ENCODED, LABEL, NO_LABEL, SAMPLE_ID, InputSpec
 from pipeline.data import AugmentParams, BlockPlan, Decoder, decode_block, read_blocks
-from pipeline.data.augment import draw_boxes
-from pipeline.data.digits import DigitsParams
-from pipeline.data.parquet import ParquetParams
+from pipeline.data.pixels.augment import draw_boxes
+from pipeline.data.sources.digits import DigitsParams
+from pipeline.data.sources.parquet import ParquetParams
 from pipeline.errors import ConfigError, DataError
 
 SIZES = [(6, 5), (40, 31), (9, 50), (17, 17), (8, 8), (100, 64)]

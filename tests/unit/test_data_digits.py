@@ -12,8 +12,8 @@ import pytest
 
 from pipeline.contracts.columns import ENCODED, LABEL, SAMPLE_ID, SPLITS
 from pipeline.data import DATASETS, DataSource, EpochOrder, RowSet, TableReader
-from pipeline.data.digits import DigitsParams
-from pipeline.data.rows import CARVE_KEY, ORDER_KEY, carve, permutation
+from pipeline.data.order.rows import CARVE_KEY, ORDER_KEY, carve, permutation
+from pipeline.data.sources.digits import DigitsParams
 from pipeline.errors import DataError
 
 

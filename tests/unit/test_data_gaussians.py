@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.contracts.columns import LABEL, SPLITS, InputSpec
 from pipeline.data import AugmentParams
-from pipeline.data.gaussians import GaussiansParams, GaussiansSource
+from pipeline.data.sources.gaussians import GaussiansParams, GaussiansSource
 from pipeline.errors import ConfigError, DataError
 
 

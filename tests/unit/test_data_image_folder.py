@@ -14,9 +14,9 @@ from PIL import Image
 
 from pipeline.contracts.columns import ENCODED, LABEL, NO_LABEL, SAMPLE_ID, SPLITS, InputSpec
 from pipeline.data import AugmentParams, DataSource, EpochOrder
-from pipeline.data.decode import IMAGE_FORMATS
-from pipeline.data.image_files import EXTENSIONS
-from pipeline.data.image_folder import ImageFolderParams
+from pipeline.data.pixels.decode import IMAGE_FORMATS
+from pipeline.data.sources.image_files import EXTENSIONS
+from pipeline.data.sources.image_folder import ImageFolderParams
 from pipeline.errors import DataError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 6, 5, 3), dtype=np.uint8)

@@ -7,8 +7,8 @@ import pytest
 from scipy.special import betainc
 
 from pipeline.data import AugmentParams, RowGroups, RowSet
-from pipeline.data.mixing import draw_partners, mix
-from pipeline.data.rows import carve
+from pipeline.data.order.rows import carve
+from pipeline.data.pixels.mixing import draw_partners, mix
 from pipeline.errors import DataError
 
 MIXUP = AugmentParams(mixup=0.2)

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data import BlockPlanner, EpochOrder, RowSet, SplitReader, TableReader
-from pipeline.data.parquet import ParquetParams
-from pipeline.data.parquet_reader import ParquetReader
-from pipeline.data.source import make_table
+from pipeline.data.sources.parquet import ParquetParams
+from pipeline.data.sources.parquet_reader import ParquetReader
+from pipeline.data.sources.source import make_table
 from pipeline.errors import DataError
 
 ROW_BYTES = 8  # two float32 features

@@ -17,8 +17,8 @@ from PIL import Image
 
 from pipeline.contracts.columns import LABEL, SAMPLE_ID, SPLITS, InputSpec
 from pipeline.data import AugmentParams, DataSource
-from pipeline.data.parquet import FilesParams, ParquetParams
-from pipeline.data.parquet_reader import ParquetReader
+from pipeline.data.sources.parquet import FilesParams, ParquetParams
+from pipeline.data.sources.parquet_reader import ParquetReader
 from pipeline.errors import ConfigError, DataError
 
 RGB = np.random.default_rng(0).integers(0, 256, (20, 6, 5, 3), dtype=np.uint8)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipeline.contracts.columns import SPLITS
 from pipeline.data import DataSource
-from pipeline.data.parquet import ParquetParams
+from pipeline.data.sources.parquet import ParquetParams
 from pipeline.errors import DataError, PipelineError
 
 RGB = np.random.default_rng(0).integers(0, 256, (20, 6, 5, 3), dtype=np.uint8)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipeline.contracts.columns import ENCODED, LABEL, SPLITS, InputSpec
 from pipeline.data import DataSource
-from pipeline.data.torchvision_sets import TorchvisionParams
+from pipeline.data.sources.torchvision_sets import TorchvisionParams
 from pipeline.errors import DataError
 
 RGB = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.cli.main import main
 from pipeline.contracts.columns import LABEL, NO_LABEL, SAMPLE_ID
-from pipeline.data.parquet import ParquetParams, ParquetSource
+from pipeline.data.sources.parquet import ParquetParams, ParquetSource
 from pipeline.errors import DataError
 
 FEATURES = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)

@@ -14,9 +14,9 @@ from PIL import Image
 
 from pipeline.contracts.columns import INPUT, LABEL, LABEL_WEIGHT, PARTNER_LABEL, SAMPLE_ID
 from pipeline.data import AugmentParams, BlockPlanner, DataSource, TableReader, decode_block, read_blocks
-from pipeline.data import parquet_reader as parquet_reader_module
-from pipeline.data.image_folder import ImageFolderParams
-from pipeline.data.parquet import ParquetParams
+from pipeline.data.sources import parquet_reader as parquet_reader_module
+from pipeline.data.sources.image_folder import ImageFolderParams
+from pipeline.data.sources.parquet import ParquetParams
 from pipeline.training import TrainParams, make_planner, open_training
 
 NUM_ROWS = 120
@@ -141,7 +141,7 @@ def test_mixing_changes_pixels_and_adds_two_columns(folder: Path) -> None:
 
 def test_partners_show_the_pixels_they_have_as_samples(folder: Path) -> None:
     """The mix of a block is that of the augmented pixels of both, taken from blocks that are not mixed."""
-    from pipeline.data.mixing import draw_partners, mix
+    from pipeline.data.pixels.mixing import draw_partners, mix
 
     augment, plain = AUGMENTS["mixed"], AugmentParams(flip=True)
     source = open_source(folder, "encoded", augment, ENOUGH_BYTES, 1)

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.cli.main import main
 from pipeline.contracts.events import Event, Journal, read_events
-from pipeline.stages.training import complete_record
+from pipeline.execution.training import complete_record
 from pipeline.training import BestRecord, Outcome, RunPlan
 
 

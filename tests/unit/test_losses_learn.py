@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.contracts.events import Event
-from pipeline.data.digits import DigitsParams
+from pipeline.data.sources.digits import DigitsParams
 from pipeline.evaluation import EvaluationParams
 from pipeline.losses import LOSSES, LossParams
 from pipeline.losses.cross_entropy import CrossEntropyParams

@@ -13,12 +13,12 @@ import torch
 from pipeline.config.compose import compose
 from pipeline.config.validate import build_config
 from pipeline.contracts.columns import InputSpec
-from pipeline.data.digits import DigitsParams
+from pipeline.data.sources.digits import DigitsParams
 from pipeline.errors import CheckpointError
+from pipeline.execution.work import check_teacher
 from pipeline.models import ModelCard, Teacher, build_classifier, load_checkpoint, read_card, save_model
 from pipeline.models.mlp import MLPParams
 from pipeline.models.small_cnn import SmallCNNParams
-from pipeline.stages.work import check_teacher
 from pipeline.tracking.served import _load_pyfunc
 
 DIGITS = InputSpec("image", (1, 8, 8), tuple(f"class {k}" for k in range(10)))

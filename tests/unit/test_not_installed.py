@@ -10,7 +10,7 @@ import pytest
 import pipeline.tracking.model as tracked
 from pipeline.config.provenance import collect_provenance, find_version
 from pipeline.config.runs import open_run
-from pipeline.stages.cached import describe_origin
+from pipeline.execution.caching import describe_origin
 from pipeline.tracking.quiet import import_mlflow
 from tests.unit.runs import build
 

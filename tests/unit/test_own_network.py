@@ -21,14 +21,14 @@ from pipeline.config.stored import hash_config, read_run
 from pipeline.contracts.columns import InputSpec
 from pipeline.contracts.events import read_events
 from pipeline.errors import ModelError
+from pipeline.execution import session, training
+from pipeline.execution.work import collect_own_code
 from pipeline.models import CustomParams, ModelCard, build_classifier, save_model
-from pipeline.stages import session, training
-from pipeline.stages.search_configs import TrialConfigs
-from pipeline.stages.work import collect_own_code
 from pipeline.tracking import check
 from pipeline.tracking.check import check_loads
 from pipeline.tracking.fresh import find_reason
 from pipeline.tracking.served import _load_pyfunc
+from pipeline.trials.configs import TrialConfigs
 from tests.unit.runs import TEACHER, build, load, open_and_close
 
 SPEC = InputSpec("features", (4,), ("a", "b", "c"))
@@ -228,7 +228,7 @@ def test_a_run_whose_model_does_not_load_is_not_finished(
     def refuse(*_: Any) -> None:
         raise ModelError("it does not load")
 
-    monkeypatch.setattr("pipeline.stages.work.check_fresh", lambda *_: None)
+    monkeypatch.setattr("pipeline.execution.work.check_fresh", lambda *_: None)
     monkeypatch.setattr(training, "check_kept", refuse)
     monkeypatch.setattr(session, "_open_tracker", lambda *_, **__: NoTracker())
     given = ["teacher=custom", "teacher.factory=my_nets:build", "train.epochs=1", "cluster=inprocess"]

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.data import predictions
-from pipeline.data.decode import SourceFile
+from pipeline.data.pixels.decode import SourceFile
 from pipeline.data.predictions import PredictionWriter, softmax
 from pipeline.errors import PipelineError
 from pipeline.report import rows

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.search import TrialTask
 from pipeline.search.study import PastTrial
-from pipeline.stages.search_trials import (
+from pipeline.trials.records import (
     Trial,
     best_trials,
     past_trials,

@@ -15,7 +15,7 @@ from pipeline.config.validate import build_config
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.losses import LOSSES
 from pipeline.search import Axis, Draw, Value
-from pipeline.stages.search_configs import TrialConfigs, describe_draw
+from pipeline.trials.configs import TrialConfigs, describe_draw
 from tests.unit.runs import open_and_close
 
 ROOT = Path(__file__).parents[2]

@@ -15,9 +15,9 @@ import torch
 
 from pipeline.errors import CheckpointError
 from pipeline.search import Space, TrialTask
-from pipeline.stages.search_population import Population, checkpoint_of_copy
-from pipeline.stages.search_trials import Trial, read_trials, trial_folder, unfinished
 from pipeline.training.state import STATE_FILE, read_state
+from pipeline.trials.population import Population, checkpoint_of_copy
+from pipeline.trials.records import Trial, read_trials, trial_folder, unfinished
 from tests.unit.boards import Bench, repeat
 
 SPACE = Space.parse(

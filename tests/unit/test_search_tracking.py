@@ -12,12 +12,12 @@ import pytest
 
 from pipeline.config.runs import Run, open_run
 from pipeline.contracts.events import Event, Journal
-from pipeline.stages import search_tracking
-from pipeline.stages.search_tracking import TrialTrackers, list_unsent
-from pipeline.stages.search_trials import Trial, trial_folder
 from pipeline.tracking import Tracker
 from pipeline.tracking.connection import Connection
 from pipeline.tracking.quiet import import_mlflow
+from pipeline.trials import tracking
+from pipeline.trials.records import Trial, trial_folder
+from pipeline.trials.tracking import TrialTrackers, list_unsent
 from tests.unit.runs import build
 
 PARENT = "f" * 32
@@ -34,7 +34,7 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def search(empty_database: Path, working_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """The run of a search, which the server has."""
-    monkeypatch.setattr(search_tracking, "_LOOK_S", 0.05)
+    monkeypatch.setattr(tracking, "_LOOK_S", 0.05)
     shutil.copy(empty_database, working_folder / "mlflow.db")
     overrides = (
         "search=temperature",

@@ -15,9 +15,9 @@ from pipeline.config.schema import Config, drop_path
 from pipeline.config.stored import identity
 from pipeline.evaluation.seeds import mean_over_seeds
 from pipeline.search import Draw
-from pipeline.stages.search_configs import TrialConfigs
-from pipeline.stages.search_trials import Trial
-from pipeline.stages.search_winner import (
+from pipeline.trials.configs import TrialConfigs
+from pipeline.trials.records import Trial
+from pipeline.trials.winner import (
     DEFAULTS,
     Confirmed,
     confirmations,

@@ -16,15 +16,15 @@ from matplotlib.image import imread
 from pipeline.cli.main import main
 from pipeline.contracts.columns import NO_LABEL
 from pipeline.contracts.events import Journal, read_events
-from pipeline.data.digits import DigitsParams
 from pipeline.data.logits import load_logits, save_logits
+from pipeline.data.sources.digits import DigitsParams
 from pipeline.evaluation import SelectionParams
 from pipeline.evaluation.perturbation_selection import select_perturbation
+from pipeline.execution.selection import read_selection, select
 from pipeline.losses import Perturbation
 from pipeline.losses.combined import CombinedParams
 from pipeline.losses.objective import Objective, Signals
 from pipeline.losses.ptloss import PTLossParams
-from pipeline.stages.selection import read_selection, select
 from pipeline.tracking.quiet import import_mlflow
 
 

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.config.schema import Config
-from pipeline.data.digits import DigitsParams
+from pipeline.data.sources.digits import DigitsParams
+from pipeline.execution.logits import teacher_here
+from pipeline.execution.work import compute_dtype
 from pipeline.models import build_classifier
 from pipeline.models.small_cnn import SmallCNNParams
-from pipeline.stages.logits import teacher_here
-from pipeline.stages.work import compute_dtype
 from tests.unit.runs import build
 
 SOURCE = DigitsParams().open()

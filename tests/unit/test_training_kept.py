@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.data.augment import AugmentParams
+from pipeline.data.pixels.augment import AugmentParams
 from pipeline.training import (
     Block,
     Evaluation,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.contracts.columns import INPUT
 from pipeline.data import iterate_rows
-from pipeline.data.digits import DigitsParams
+from pipeline.data.sources.digits import DigitsParams
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation import EvaluationParams
 from pipeline.models import build_classifier
@@ -216,9 +216,9 @@ def test_one_function_opens_test_and_its_callers_are_known() -> None:
         if len(call.args) == 1 and isinstance(call.args[0], ast.Name)
     }
     assert by_variable == {
-        ("data/gaussians.py", "class_probabilities"),  # called by nothing here, see below
-        ("data/source.py", "in_memory"),  # called with "train" alone, see below
-        ("data/source.py", "load"),
+        ("data/sources/gaussians.py", "class_probabilities"),  # called by nothing here, see below
+        ("data/sources/source.py", "in_memory"),  # called with "train" alone, see below
+        ("data/sources/source.py", "load"),
         ("stages/doctor.py", "_data"),  # train and validation
         ("stages/evaluate.py", "evaluate"),  # open_test where it is test
         ("stages/validate.py", "validate"),  # open_test where it is test
@@ -232,8 +232,8 @@ def test_one_function_opens_test_and_its_callers_are_known() -> None:
         [
             ("stages/evaluate.py", "evaluate"),
             ("stages/predict.py", "_open_rows"),
-            ("stages/search_result.py", "_open_test"),  # after the winner was chosen
-            ("stages/training.py", "evaluate_test"),
+            ("trials/result.py", "_open_test"),  # after the winner was chosen
+            ("execution/training.py", "evaluate_test"),
             ("stages/validate.py", "validate"),
         ]
     )
@@ -242,4 +242,4 @@ def test_one_function_opens_test_and_its_callers_are_known() -> None:
 
 
 def _splits_loaded(name: str) -> list[tuple[str, str, ast.Call]]:
-    return [found for found in _calls(name) if found[0] in ("training/job.py", "data/source.py") and found[2].args]
+    return [found for found in _calls(name) if found[0] in ("training/job.py", "data/sources/source.py") and found[2].args]

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from pipeline.data.cache.parts import PartLayout, PartWriter
-from pipeline.data.order import BlockPlan
+from pipeline.data.order.epochs import BlockPlan
 
 
 @dataclass(frozen=True)

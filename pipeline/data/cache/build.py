@@ -25,7 +25,7 @@ from pipeline.data.cache.manifest import (
 from pipeline.data.cache.opened import Cache, check_rows
 from pipeline.data.cache.params import check_classes
 from pipeline.data.cache.parts import PartLayout, PartWriter, inspect_part, part_name
-from pipeline.data.source import SplitReader
+from pipeline.data.sources.source import SplitReader
 from pipeline.errors import CacheError
 
 _log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pipeline.data.cache.folder import CacheFolder
 from pipeline.data.cache.key import CacheKey
 from pipeline.data.cache.parts import PartLayout, PartRecord, hash_ids
-from pipeline.data.rows import RowSet
+from pipeline.data.order.rows import RowSet
 from pipeline.errors import CacheError
 from pipeline.registry import Params
 

@@ -10,8 +10,8 @@ from pipeline.data.cache.folder import MISSING_ADVICE, CacheFolder, open_folder
 from pipeline.data.cache.key import CacheKey, show_differences
 from pipeline.data.cache.manifest import MANIFEST, Manifest, read_build, read_manifest
 from pipeline.data.cache.parts import PartLayout
-from pipeline.data.rows import RowSet
-from pipeline.data.source import SplitReader
+from pipeline.data.order.rows import RowSet
+from pipeline.data.sources.source import SplitReader
 from pipeline.errors import CacheError
 
 _BUILD_ADVICE = "build it with `python -m pipeline cache build` and the same configuration"

@@ -14,8 +14,8 @@ from pipeline.data.bad_rows import NO_SAMPLE
 from pipeline.data.cache.encoding import Columns, arrow_type, column_array, column_types, encode_logits, to_arrow
 from pipeline.data.cache.folder import REBUILD, CacheFolder
 from pipeline.data.cache.key import CacheKey
-from pipeline.data.rows import RowSet
-from pipeline.data.source import SplitReader
+from pipeline.data.order.rows import RowSet
+from pipeline.data.sources.source import SplitReader
 from pipeline.errors import CacheError, StreamError
 from pipeline.registry import Params
 

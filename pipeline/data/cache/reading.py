@@ -17,8 +17,8 @@ from pipeline.data.cache.key import CacheKey
 from pipeline.data.cache.manifest import Manifest, read_manifest
 from pipeline.data.cache.opened import Cache, open_cache
 from pipeline.data.cache.parts import Part, PartRecord, due_ids, read_part
-from pipeline.data.rows import RowSet
-from pipeline.data.source import SplitReader, positions_of
+from pipeline.data.order.rows import RowSet
+from pipeline.data.sources.source import SplitReader, positions_of
 from pipeline.errors import CacheError
 
 

@@ -14,8 +14,8 @@ from pipeline.config.load import load_config
 from pipeline.config.request import Request
 from pipeline.config.runs import open_run
 from pipeline.contracts.columns import InputSpec
+from pipeline.execution.work import collect_own_code
 from pipeline.models.mlp import MLPParams
-from pipeline.stages.work import collect_own_code
 from tests.integration.mistakes.table import Place, mistake
 
 WEIGHTS = Path("model", "model.safetensors")

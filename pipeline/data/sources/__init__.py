@@ -1,0 +1,1 @@
+"""Data sets, one registered entry each, and what reads their files."""

@@ -1,0 +1,1 @@
+"""What carries a command out, whatever the command: its story, session, work, ways to run, pool, caches."""
