@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 
 class PipelineError(Exception):
@@ -11,7 +11,13 @@ class PipelineError(Exception):
     Args:
         message: the whole sentence shown to the user.
         details: JSON-serialisable facts for ``result.json`` and for programs that catch the error.
+
+    Attributes:
+        passes: whether the same may go well another time, from the last checkpoint: neither the configuration nor the
+            data is the cause.
     """
+
+    passes: ClassVar[bool] = False
 
     def __init__(self, message: str, **details: Any) -> None:
         super().__init__(message)
@@ -59,8 +65,16 @@ class TrackingError(PipelineError):
     """The tracking server cannot be reached or refused the request."""
 
 
+class StorageError(PipelineError):
+    """A storage service did not answer for minutes, or could not be reached."""
+
+    passes = True
+
+
 class StreamError(PipelineError):
     """A worker received another block than the one its position calls for."""
+
+    passes = True
 
 
 class NonFiniteError(PipelineError):

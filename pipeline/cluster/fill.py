@@ -14,6 +14,7 @@ from pipeline.cluster.tasks import find_pipeline_error
 from pipeline.contracts.events import Emitter, Event
 from pipeline.data import SplitReader
 from pipeline.data.cache.sealing import SealPlan, seal_fill
+from pipeline.data.waiting import tell_waits
 
 _POOL_OPTIONS = ("num_cpus", "num_gpus", "resources", "accelerator_type", "label_selector")
 
@@ -53,5 +54,6 @@ def _seal(wrapped: dict[str, Any]) -> int:
     from pipeline.models import Teacher
 
     task: SealTask = wrapped["task"]
+    tell_waits(task.emitter)
     reader: SplitReader = ray.get(task.reader)
     return seal_fill(task.plan, reader, lambda: Teacher(**pickle.loads(task.build)))

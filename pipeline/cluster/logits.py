@@ -22,6 +22,7 @@ from pipeline.contracts.read_ahead import read_ahead
 from pipeline.data.bad_rows import NO_SAMPLE
 from pipeline.data.cache import PartAssembler, PartBlocks, PartWriter
 from pipeline.data.logits import save_logits
+from pipeline.data.waiting import tell_waits
 from pipeline.errors import StreamError
 
 
@@ -113,6 +114,7 @@ def _gather(wrapped: dict[str, Any], num_rows: int, path: str) -> None:
 
 def _write_parts(wrapped: dict[str, Any], blocks: PartBlocks, writer: PartWriter) -> int:
     plan: StreamPlan = wrapped["plan"]
+    tell_waits(plan.emitter)
     assembler, progress = PartAssembler(blocks, writer), RowEvents(plan.emitter, blocks.num_rows)
     forwarded = 0
     for block in iterate_pool_logits(plan, blocks.num_blocks):

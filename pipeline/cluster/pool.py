@@ -13,6 +13,7 @@ from pipeline.cluster.journal import QueueEmitter
 from pipeline.contracts.columns import BLOCK, INPUT, LABEL, LABEL_WEIGHT, PARTNER_LABEL, SAMPLE_ID, TEACHER_LOGITS, VIEW
 from pipeline.contracts.events import Event
 from pipeline.data.cache import FillWriter
+from pipeline.data.waiting import tell_waits
 from pipeline.errors import CheckpointError
 
 _REPORT_EVERY_S = 2.0
@@ -29,7 +30,7 @@ class TeacherActor:
     Args:
         build: pickled arguments of ``Teacher``, as bytes so that the processes which only pass them
             on need not import torch.
-        emitter: takes a record of the pool's use every two seconds.
+        emitter: takes a record of the pool's use every two seconds, and what is waited for.
         num_threads: torch's CPU threads.
         logits_only: leave the inputs out of the result, and tell how many rows the teacher was asked for.
         fingerprint: what the weights must be; none: not compared.
@@ -60,6 +61,7 @@ class TeacherActor:
                 f"had {fingerprint}; put the old weights back and resume, or start a new run"
             )
         self._emitter = emitter
+        tell_waits(emitter)
         self._fill = fill
         self._logits_only = logits_only
         self._columns = (BLOCK, SAMPLE_ID) if logits_only else KEPT_COLUMNS

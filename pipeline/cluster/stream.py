@@ -38,6 +38,7 @@ from pipeline.contracts.events import Emitter
 from pipeline.data import AugmentParams, BlockPlan, BlockPlanner, Decoder, SplitReader, decode_block, read_blocks
 from pipeline.data.bad_rows import report_bad_rows
 from pipeline.data.cache import FillWriter, LogitsDecoder, LogitsReader, PartBlocks
+from pipeline.data.waiting import tell_waits
 
 MAX_BLOCKS_PER_TASK = 8
 MIN_BLOCKS_PER_TASK = 2
@@ -123,7 +124,7 @@ class StreamPlan:
         decoder, augment, seed: what the decode tasks do.
         pool: the teacher pool; none where no teacher is needed, or its logits come with the rows.
         logits: decodes logits that come with the rows, out of a cache.
-        emitter: where the pool's actors record their use, and decode tasks the rows that they skip.
+        emitter: takes what processes tell: the use of the pool, rows that are skipped, storage that is waited for.
         max_read_tasks: reads in parallel.
         max_decode_tasks: decodes in parallel; none: as many as there are CPUs left.
         object_store_bytes: share of the object store for the stream; none: Ray Data's default.
@@ -188,15 +189,14 @@ class _BlockSource(Datasource):
         tasks = []
         for first in range(self._first, self._stop, step):
             stop = min(first + step, self._stop)
-            rows = (stop - first) * plan.batch_size
-            metadata = BlockMetadata(
-                num_rows=rows, size_bytes=(stop - first) * plan.block_bytes, input_files=None, exec_stats=None
-            )
-            tasks.append(ReadTask(partial(_read_task, plan.blocks, first, stop), metadata))
+            rows, num_bytes = (stop - first) * plan.batch_size, (stop - first) * plan.block_bytes
+            metadata = BlockMetadata(num_rows=rows, size_bytes=num_bytes, input_files=None, exec_stats=None)
+            tasks.append(ReadTask(partial(_read_task, plan.blocks, plan.emitter, first, stop), metadata))
         return tasks
 
 
-def _read_task(blocks: ray.ObjectRef[Any], first: int, stop: int) -> Iterable[pa.Table]:
+def _read_task(blocks: ray.ObjectRef[Any], emitter: Emitter | None, first: int, stop: int) -> Iterable[pa.Table]:
+    tell_waits(emitter)
     reader: BlockReader = ray.get(blocks)
     yield reader.read(first, stop)
 

@@ -8,21 +8,32 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayTaskError
 
+from pipeline.contracts.events import Emitter
+from pipeline.data.waiting import tell_waits
 from pipeline.errors import PipelineError
 
 A = TypeVar("A")
 R = TypeVar("R")
 
 
-def run_task(function: Callable[[A], R], argument: A, bundle: dict[str, float]) -> R:
-    """Calls ``function(argument)`` in a task that holds ``bundle``; its own errors come back as they are."""
+def run_task(function: Callable[[A], R], argument: A, bundle: dict[str, float], emitter: Emitter | None = None) -> R:
+    """Calls ``function(argument)`` in a task that holds ``bundle``; its own errors come back as they are.
+
+    Args:
+        emitter: is told of the storage services that the task waits for.
+    """
     custom = {name: amount for name, amount in bundle.items() if name not in ("CPU", "GPU")}
-    task: Any = ray.remote(num_cpus=bundle.get("CPU", 0), num_gpus=bundle.get("GPU", 0), resources=custom)(function)
+    task: Any = ray.remote(num_cpus=bundle.get("CPU", 0), num_gpus=bundle.get("GPU", 0), resources=custom)(_call)
     try:
-        result: R = ray.get(task.remote(argument))
+        result: R = ray.get(task.remote(function, argument, emitter))
     except RayTaskError as error:
         raise find_pipeline_error(error) or error from None
     return result
+
+
+def _call(function: Callable[[A], R], argument: A, emitter: Emitter | None) -> R:
+    tell_waits(emitter)
+    return function(argument)
 
 
 def find_pipeline_error(error: BaseException | None) -> PipelineError | None:

@@ -34,6 +34,7 @@ from pipeline.cluster.tasks import find_pipeline_error
 from pipeline.contracts.checkpoints import find_furthest, read_cursor
 from pipeline.contracts.events import Emitter, Event
 from pipeline.contracts.read_ahead import ReadAhead, read_ahead
+from pipeline.data.waiting import tell_waits
 from pipeline.errors import PipelineError, TrainingError
 
 RAY_NAME = "train"
@@ -146,6 +147,7 @@ def _worker(config: dict[str, Any]) -> None:
     from pipeline.training import build_job, train
 
     plan: FitPlan = config["plan"]
+    tell_waits(config["emitter"])
     torch.set_num_threads(plan.num_threads)
     try:
         context = RayWorkerContext(config["emitter"], plan.start_from)
@@ -267,7 +269,7 @@ class RayWorkerContext:
 def _record_fatal(error: BaseException, path: Path) -> None:
     """Keeps an error that a restart would only repeat, for the driver and for the next start."""
     found = find_pipeline_error(error)
-    if found is None or isinstance(found, errors.StreamError):
+    if found is None or found.passes:
         return
     content = json.dumps(
         {"type": type(found).__name__, "message": found.message, "details": found.details}, default=str

@@ -29,6 +29,7 @@ EventKind = Literal[
     "trial",  # label, state, value, best (so far), epochs, seconds, draw, message, phase, num_done, num_trials
     "pool",  # actor, rows, rows_per_s, busy (share of wall time, 0..1)
     "system",  # process, rss_bytes, cpu_s, gpu_bytes (on a GPU: the most that was allocated)
+    "wait",  # name (of a service outside), waiting (false: it answers again), message
     "warning",  # message
     "artifact",  # path (a file of the run folder), folder (where it goes in the tracker)
     "model",  # path of a folder with model.safetensors and model.json

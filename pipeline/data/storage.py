@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from pipeline.data.waiting import ask_service, ask_storage
 from pipeline.errors import DataError
 
+T = TypeVar("T")
+
 S3_SETTINGS = ("endpoint_override", "region", "scheme")
-# A server that does not answer is given up after about a minute, attempts together.
+# Of one request, whose failure the AWS library tells after about a minute at most, attempts together.
 CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 10.0
 MAX_ATTEMPTS = 4
@@ -97,33 +99,45 @@ def check_exists(filesystem: pafs.FileSystem, root: str, path: str, wanted: str)
 
     Raises:
         DataError: nothing is there, or it cannot be reached.
+        StorageError: see ``ask_storage``.
     """
-    with explain_storage(f"data.path={path}"):
+    bucket = root.partition("/")[0]
+
+    def look() -> pafs.FileInfo:
         info = filesystem.get_file_info(root)
-        if info.type != pafs.FileType.NotFound:
+        if info.type != pafs.FileType.NotFound or filesystem.type_name != "s3":
             return info
-        bucket, _, _ = root.partition("/")
-        if filesystem.type_name == "s3" and filesystem.get_file_info(bucket).type == pafs.FileType.NotFound:
+        if filesystem.get_file_info(bucket).type == pafs.FileType.NotFound:
             raise DataError(f"data.path={path}: there is no bucket {bucket!r}; correct its name.")
+        return info
+
+    info = read_storage(filesystem, root, look, f"data.path={path}")
+    if info.type != pafs.FileType.NotFound:
+        return info
     raise DataError(f"data.path={path} does not exist; give {wanted}.")
 
 
-@contextmanager
-def explain_storage(what: str) -> Iterator[None]:
-    """Turns the errors of a file system into sentences.
+def read_storage(
+    filesystem: pafs.FileSystem, path: str, action: Callable[[], T], what: str, advice: str = "make it readable"
+) -> T:
+    """As ``ask_storage``, with the errors of the file system turned into sentences.
 
     Args:
-        what: was to be read, as the sentence begins.
+        what: is to be read, as the sentence begins.
+        advice: how it ends.
 
     Raises:
         DataError: instead of OSError and Arrow's own.
+        StorageError: see ``ask_storage``.
     """
     try:
-        yield
+        return ask_storage(filesystem, path, action)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(
-            explain_s3(error, what) or f"{what} cannot be read ({_first_line(error)}); make it readable."
-        ) from error
+        raise _explain(error, what, advice) from error
+
+
+def _explain(error: Exception, what: str, advice: str = "make it readable") -> DataError:
+    return DataError(explain_s3(error, what) or f"{what} cannot be read ({_first_line(error)}); {advice}.")
 
 
 def explain_s3(error: BaseException, what: str) -> str | None:
@@ -190,7 +204,11 @@ def _open_s3(path: str) -> tuple[pafs.FileSystem, str]:
     if endpoint is not None and "://" in endpoint:
         scheme, _, endpoint = endpoint.rstrip("/").partition("://")
     region = settings.get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    with explain_storage(f"data.path={path}"):
+    bucket = parts.netloc
+    try:
         if region is None and endpoint is None:
-            region = pafs.resolve_s3_region(parts.netloc)
-        return _S3(endpoint, scheme, region), f"{parts.netloc}{unquote(parts.path)}".rstrip("/")
+            address = (endpoint, scheme, bucket)
+            region = ask_service(address, f"s3://{bucket}", lambda: pafs.resolve_s3_region(bucket))
+        return _S3(endpoint, scheme, region), f"{bucket}{unquote(parts.path)}".rstrip("/")
+    except (OSError, pa.ArrowException) as error:
+        raise _explain(error, f"data.path={path}") from error

@@ -15,6 +15,7 @@ import psutil
 
 from pipeline.config.runs import Run
 from pipeline.contracts.events import Event, Journal, read_events
+from pipeline.data.waiting import tell_waits
 from pipeline.errors import PipelineError
 from pipeline.execution.skipped import SkippedRows
 from pipeline.report.live import LiveView
@@ -58,6 +59,7 @@ class RunSession:
 
     def start(self) -> None:
         """The run is now running, and shown."""
+        tell_waits(self.journal)
         self.run.set_status("running")
         self.journal.emit(Event("status", {"status": "running", "message": ""}))
         for name in ("config.yaml", "provenance.json"):
@@ -136,6 +138,7 @@ class RunSession:
                     listener(event)
 
     def _close_view(self) -> None:
+        tell_waits(None)
         self._stopped.set()
         if self._reader.is_alive():
             self._reader.join(timeout=_JOIN_S)

@@ -189,7 +189,7 @@ class _OnRay:
             return evaluate_weights(spec)
         from pipeline.cluster.tasks import run_task
 
-        return run_task(evaluate_weights, spec, worker_bundle(self._work.config))
+        return run_task(evaluate_weights, spec, worker_bundle(self._work.config), self._drain.emitter)
 
     def _run_stream(self, spec: RunSpec) -> RunStream:
         """One stream to the end, or, where a cache is filled, one that computes and then one that reads."""

@@ -21,6 +21,7 @@ from pipeline.report.state import RunState
 from pipeline.report.tables import MAX_WIDTH, format_number
 
 _STEP_LINE_EVERY_S = 10.0
+_WAIT_LINE_EVERY_S = 20.0  # of one service, whatever the number of processes that wait for it
 _METRICS_SHOWN = ("top1", "nll", "ece", "agreement")
 _REFRESHES_PER_S = 4
 _NOT_IN_LINES = ("train/lr", "train/grad_norm")
@@ -45,6 +46,7 @@ class LiveView:
         self._live: Live | None = None
         self._last_step_line: float | None = None
         self._stage_starts: dict[str, float] = {}
+        self._wait_lines: dict[str, float] = {}
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
@@ -83,6 +85,8 @@ class LiveView:
             return _summarise(data) + (" (best so far)" if data.get("best") else "")
         if event.kind == "figures":
             return str(data.get("message", ""))
+        if event.kind == "wait":
+            return self._describe_wait(event)
         if event.kind == "warning":
             return f"warning: {data.get('message', '')}"
         if event.kind == "status":
@@ -106,6 +110,17 @@ class LiveView:
         elif name in self._stage_starts:
             state += f" after {format_duration(event.time - self._stage_starts.pop(name))}"
         return f"{name} {state}{detail}"
+
+    def _describe_wait(self, event: Event) -> str | None:
+        name = str(event.data.get("name", ""))
+        last = self._wait_lines.get(name)
+        if event.data.get("waiting"):
+            if last is not None and event.time - last < _WAIT_LINE_EVERY_S:
+                return None
+            self._wait_lines[name] = event.time
+        elif self._wait_lines.pop(name, None) is None:
+            return None
+        return str(event.data.get("message", ""))
 
     def _describe_step(self, event: Event) -> str | None:
         if self._last_step_line is not None and event.time - self._last_step_line < _STEP_LINE_EVERY_S:
@@ -158,6 +173,7 @@ class LiveView:
         left = state.time_left_s
         rows = [
             ("stage", f"{state.stage} {state.stage_detail}".strip()),
+            ("storage", state.waiting),
             ("progress", self._position() if state.num_steps or state.step or state.rows else ""),
             ("trials", state.trials.count() if state.trials.phase else ""),
             ("best so far", "" if state.trials.best is None else _describe_trial({**state.trials.best, "best": False})),

@@ -86,6 +86,7 @@ class RunState:
 
     Attributes:
         with_teacher: whether waiting for data means waiting for the teacher.
+        waits: when there last was a line about each service outside that is waited for, and the line.
     """
 
     with_teacher: bool
@@ -106,6 +107,7 @@ class RunState:
     actors: dict[str, tuple[float, dict[str, Any]]] = field(default_factory=dict)
     warnings: deque[str] = field(default_factory=lambda: deque(maxlen=_NUM_WARNINGS_SHOWN))
     num_warnings: int = 0
+    waits: dict[str, tuple[float, str]] = field(default_factory=dict)
     now: float = 0.0
     trials: TrialsState = field(default_factory=lambda: TrialsState())
     _recent: deque[tuple[float, int]] = field(default_factory=deque)
@@ -139,6 +141,11 @@ class RunState:
             return "student-bound"
         name = "teacher-bound" if self.with_teacher else "input-bound"
         return f"{name} (student waits {self.data_wait:.0%})".replace("%", " %")
+
+    @property
+    def waiting(self) -> str:
+        """What was waited for in the last minute; a process that is lost cannot tell that it no longer does."""
+        return "; ".join(message for time, message in self.waits.values() if time > self.now - _RECENT_S)
 
     @property
     def pool(self) -> str:
@@ -197,6 +204,13 @@ class RunState:
 
     def _update_pool(self, event: Event) -> None:
         self.actors[str(event.data.get("actor", ""))] = (event.time, event.data)
+
+    def _update_wait(self, event: Event) -> None:
+        name = str(event.data.get("name", ""))
+        if event.data.get("waiting"):
+            self.waits[name] = (event.time, str(event.data.get("message", "")))
+        else:
+            self.waits.pop(name, None)
 
     def _update_warning(self, event: Event) -> None:
         self.num_warnings += 1

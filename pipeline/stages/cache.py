@@ -30,7 +30,7 @@ from pipeline.data.cache import (
     verify_files,
 )
 from pipeline.data.order.epochs import BlockPlan
-from pipeline.errors import CacheError, ConfigError
+from pipeline.errors import CacheError, ConfigError, StorageError
 from pipeline.execution.caching import cache_key
 from pipeline.execution.logits import teacher_here
 from pipeline.execution.work import check_teacher
@@ -76,6 +76,7 @@ def verify_cache(request: Request) -> int:
 
     Raises:
         CacheError: with ``exit_code`` 1 in its details: files are damaged, or the teacher says otherwise.
+        StorageError: with ``exit_code`` 1 in its details: the cache could not be read to its end.
     """
     name, overrides = take_run(request.overrides, "name", _NAME)
     rows, overrides = take_run(overrides, "rows", "a number of rows, or all")
@@ -96,19 +97,19 @@ def verify_cache(request: Request) -> int:
             f"rows={rows}: rows are compared with the teacher, but name={name} has files checked only; leave out one "
             "of them"
         )
+    num_rows = 0 if cache is None else _count_rows(rows, cache)
     folder, manifest = open_manifest(path, name)
     print(f"checking {len(manifest.parts):,} parts of {folder.shown}", flush=True)
-    if problems := verify_files(folder):
-        files = f"{len(problems)} file{'s' * (len(problems) > 1)}"
-        raise CacheError("\n  - ".join([f"{files} of {folder.shown}:", *problems]), exit_code=1)
-    print(f"ok: {len(manifest.parts):,} parts, {manifest.num_rows:,} rows, {format_bytes(manifest.num_bytes)}")
-    if cache is not None and source is not None:
-        num_rows = _count_rows(rows, cache)
-        try:
+    try:
+        if problems := verify_files(folder):
+            files = f"{len(problems)} file{'s' * (len(problems) > 1)}"
+            raise CacheError("\n  - ".join([f"{files} of {folder.shown}:", *problems]))
+        print(f"ok: {len(manifest.parts):,} parts, {manifest.num_rows:,} rows, {format_bytes(manifest.num_bytes)}")
+        if cache is not None and source is not None:
             _compare(config, source, cache, num_rows)
-        except CacheError as error:
-            error.details["exit_code"] = 1
-            raise
+    except (CacheError, StorageError) as error:
+        error.details["exit_code"] = 1
+        raise
     return 0
 
 

@@ -25,6 +25,7 @@ from pipeline.data import AugmentParams, Decoder, SplitReader, iterate_rows
 from pipeline.data.bad_rows import NO_SAMPLE
 from pipeline.data.pixels.decode import BAD, name_row
 from pipeline.data.predictions import PredictionWriter
+from pipeline.data.waiting import WaitsOnConsole
 from pipeline.errors import ConfigError, DataError, PipelineError, StreamError
 from pipeline.execution.pool import (
     estimate_block_bytes,
@@ -262,24 +263,27 @@ def _logits_here(prediction: _Prediction) -> _Blocks:
 
 def _logits_of_pool(prediction: _Prediction, release: Callable[[], None]) -> _Blocks:
     """As ``_logits_here``; calls ``release`` once the pool is placed."""
+    from pipeline.cluster.journal import QueueDrain
     from pipeline.cluster.logits import iterate_pool_logits
     from pipeline.cluster.stream import SplitBlocks, StreamPlan, share, whole_split
 
     config, batch_size = prediction.config, prediction.batch_size
     pool = config.teacher.pool
-    plan = StreamPlan(
-        blocks=share(SplitBlocks(prediction.reader, batch_size)),
-        batch_size=batch_size,
-        block_bytes=estimate_block_bytes(prediction.spec, batch_size, prediction.reader),
-        decoder=prediction.decoder,
-        augment=AugmentParams(),
-        seed=0,
-        pool=make_pool_plan(pool, prediction.arguments(pool_device(pool)), prediction.card.fingerprint),
-        **stream_limits(config, _ACTOR),
-    )
-    for block in iterate_pool_logits(whole_split(plan), -(-prediction.reader.num_rows // batch_size)):
-        release()
-        yield block.sample_ids, block.logits
+    with closing(QueueDrain(WaitsOnConsole())) as drain:
+        plan = StreamPlan(
+            blocks=share(SplitBlocks(prediction.reader, batch_size)),
+            batch_size=batch_size,
+            block_bytes=estimate_block_bytes(prediction.spec, batch_size, prediction.reader),
+            decoder=prediction.decoder,
+            augment=AugmentParams(),
+            seed=0,
+            pool=make_pool_plan(pool, prediction.arguments(pool_device(pool)), prediction.card.fingerprint),
+            emitter=drain.emitter,
+            **stream_limits(config, _ACTOR),
+        )
+        for block in iterate_pool_logits(whole_split(plan), -(-prediction.reader.num_rows // batch_size)):
+            release()
+            yield block.sample_ids, block.logits
 
 
 # --- at the end ---------------------------------------------------------------------------------------------------

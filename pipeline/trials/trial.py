@@ -21,6 +21,7 @@ from pipeline.config.validate import build_config
 from pipeline.contracts.events import Emitter, Event, Journal
 from pipeline.data import DataSource, SplitReader
 from pipeline.data.cache import CacheKey, LogitsReader
+from pipeline.data.waiting import tell_waits
 from pipeline.errors import PipelineError
 from pipeline.execution.caching import make_decoder
 from pipeline.execution.skipped import SkippedRows
@@ -90,7 +91,7 @@ class _Part:
 def run_trial(inputs: TrialInputs, task: TrialTask, report: Report, team: Team | None = None) -> None:
     """Trains a trial to its end, or as long as ``report`` returns; its run folder says what came of it.
 
-    What our own errors say is kept in the run folder, for the same would happen again; any other is raised.
+    What our own errors say is kept in the run folder, where the same would happen again; any other is raised.
 
     Args:
         report: takes epoch and value of an evaluation; it raises SystemExit where the trial is to end.
@@ -103,10 +104,13 @@ def run_trial(inputs: TrialInputs, task: TrialTask, report: Report, team: Team |
         if not run.finished:
             journal = Journal(run.dir / "events.jsonl")
             run.set_status("running")
+            tell_waits(journal)
             journal.emit(Event("status", {"status": "running", "message": ""}))
             try:
                 _train(inputs, run, task, journal, report, team)
             except PipelineError as error:
+                if error.passes:
+                    raise
                 run.write_result("failed", {}, exit_code=1, error=error.message)
                 journal.emit(Event("status", {"status": "failed", "message": error.message}))
                 return
@@ -164,6 +168,7 @@ def _read_metrics(folder: Path) -> dict[str, float]:
 def _train_beside(inputs: TrialInputs, part: _Part, rank: int, address: str, emitter: Emitter) -> None:
     """A worker that is not rank 0."""
     config = _config(part.task)
+    tell_waits(emitter)
     device, size = _device(config), part.world_size
     with _own_process_state(config), process_group(device, rank, size, address) as store:
         folder = part.place / "checkpoints"
@@ -220,6 +225,7 @@ def _own_process_state(config: Config) -> Iterator[None]:
     try:
         yield
     finally:
+        tell_waits(None)
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
         gc.collect()  # a trial that was stopped leaves its network in a ring of references

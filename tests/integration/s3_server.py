@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pyarrow.fs as pafs
@@ -23,6 +24,7 @@ class S3Server:
         port: of 127.0.0.1.
         access_key: of the user.
         secret_key: of the user.
+        num_refused: requests that were answered by 503.
     """
 
     def __init__(self) -> None:
@@ -31,6 +33,9 @@ class S3Server:
         self._server.start()
         _, self.port = self._server.get_host_and_port()
         self._post("reset")  # what another server of this process has left: they share their memory
+        self.num_refused = 0
+        self._refusals: Iterator[bool] = iter(())
+        self._serve()
         self.access_key, self.secret_key = self._make_user()
         self._check_credentials("0")
         self.writer = pafs.S3FileSystem(
@@ -62,6 +67,26 @@ class S3Server:
         """Puts everything in a folder into a bucket, which is made for it."""
         self.writer.create_dir(bucket)
         pafs.copy_files(str(folder), bucket, pafs.LocalFileSystem(), self.writer)
+
+    def refuse(self, num_requests: int, after: int = 0) -> None:
+        """Has the next requests answered by 503, after some more that are not."""
+        self.num_refused = 0
+        self._refusals = iter([False] * after + [True] * num_requests)
+
+    def _serve(self) -> None:
+        """Puts the refusals in front of moto."""
+        server: Any = self._server._server
+        app = server.app
+
+        def answer(environment: dict[str, Any], start: Any) -> Any:
+            if not next(self._refusals, False):
+                return app(environment, start)
+            self.num_refused += 1
+            body = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+            start("503 Slow Down", [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+            return [] if environment["REQUEST_METHOD"] == "HEAD" else [body]
+
+        server.app = answer
 
     def stop(self) -> None:
         self._check_credentials("inf")

@@ -1,4 +1,4 @@
-"""A cache on ``s3://``: built, gone on with, trained from, verified and deleted as a local one."""
+"""A cache on ``s3://``: built, gone on with, trained from, verified and deleted as a local one, and with patience."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 import pytest
 
+from pipeline.data import storage, waiting
 from tests.integration.s3_server import S3Server, run_s3
 from tests.unit.cached_runs import CACHED, EXACT, VIEWS, Workplace, assert_same_student
 
@@ -19,14 +20,28 @@ def server() -> Iterator[S3Server]:
         yield s3
 
 
+def assert_waited(server: S3Server, place: Workplace, name: str, num_refused: int) -> None:
+    """A run met so many answers of 503, and told that it waited for the server."""
+    assert server.num_refused == num_refused
+    first, last = place.events(name, "wait")
+    assert first["message"].startswith(f"waiting for {first['name']}: answered ")
+    assert last["message"].startswith(f"{first['name']} answers again after ")
+
+
 def test_a_cache_on_s3(
     server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     place = Workplace.make(tmp_path)
+    server.copy(tmp_path / "data", "pictures")
+    # More refusals than the AWS library bears are told by it in a moment, and are waited for a moment.
+    monkeypatch.setattr(storage, "MAX_ATTEMPTS", 1)
+    monkeypatch.setattr(waiting, "PATIENCE", waiting.Patience(first_s=0.1, tell_after_s=0.0))
     remote = [*VIEWS, EXACT, f"cache.path='s3://bucket/cache{server.settings}'"]
+    server.refuse(3, after=60)
     assert place.run("cache build", "remote", *remote) == 0
+    assert_waited(server, place, "remote", 3)
     assert place.run("cache build", "local", *VIEWS, EXACT) == 0
     digest = place.result("remote")["key"]
     selector = pafs.FileSelector(f"bucket/cache/{digest}", recursive=True)
@@ -51,13 +66,22 @@ def test_a_cache_on_s3(
     assert f"7 files of s3://bucket/cache/{digest}:" in capsys.readouterr().err
     assert place.run("cache build", "again", *remote) == 0
     assert 7 < place.result("again")["metrics"]["cache/rows_computed"] <= 7 * 20
+    server.refuse(10, after=20)
     assert place.run("cache verify", "-", *remote, "rows=all") == 0
+    assert server.num_refused == 10
     assert "ok: 36 parts, 648 rows, " in capsys.readouterr().out
 
     assert place.run("distill", "online", *VIEWS) == 0
-    for memory in ("data.memory_bytes=1000000000", "data.memory_bytes=0"):  # in memory, and part by part
-        assert place.run("distill", f"cached-{memory}", *remote, CACHED, memory) == 0
-        assert_same_student(place, f"cached-{memory}", "online")
+    assert place.run("distill", "in-memory", *remote, CACHED, "data.memory_bytes=1000000000") == 0
+    assert_same_student(place, "in-memory", "online")
+    # Part by part, with the data there too.
+    monkeypatch.setattr(storage, "MAX_ATTEMPTS", 4)
+    server.refuse(storage.MAX_ATTEMPTS + 2, after=120)
+    data = f"data.path='s3://pictures{server.settings}'"
+    assert place.run("distill", "by-parts", *remote, CACHED, "data.memory_bytes=0", data, "data.on_bad_row=skip") == 0
+    assert_waited(server, place, "by-parts", storage.MAX_ATTEMPTS + 2)
+    assert_same_student(place, "by-parts", "online")
+    assert place.result("by-parts")["num_bad_rows"] == 0
 
     assert place.run("cache info", "-", *remote) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"this configuration asks for {digest}: complete"

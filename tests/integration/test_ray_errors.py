@@ -11,7 +11,7 @@ from ray.exceptions import RayTaskError
 
 from pipeline.cluster import train as train_module
 from pipeline.cluster.tasks import find_pipeline_error
-from pipeline.errors import ModelError, PipelineError, StreamError, TrainingError
+from pipeline.errors import ModelError, PipelineError, StorageError, StreamError, TrainingError
 
 
 def shipped(cause: Exception) -> Exception:
@@ -34,8 +34,9 @@ def test_error_of_ours_is_found_as_itself(depth: int) -> None:
 
 def test_fatal_error_is_kept_for_the_driver(tmp_path: Path) -> None:
     path = tmp_path / "fatal.json"
-    train_module._record_fatal(shipped(StreamError("another block")), path)
-    assert not path.exists()  # a restart may mend it
+    for passing in (StreamError("another block"), StorageError("the storage service was not available")):
+        train_module._record_fatal(shipped(passing), path)
+        assert not path.exists()  # a restart may mend it
     train_module._record_fatal(shipped(ModelError("the teacher is wrong", rows=3)), path)
     assert json.loads(path.read_text())["type"] == "ModelError"
     explained = train_module._explain(RuntimeError("a worker failed"), path)

@@ -27,6 +27,7 @@ from pipeline.data import (
     decode_block,
     read_blocks,
     storage,
+    waiting,
 )
 from pipeline.data.sources.image_folder import ImageFolderParams
 from pipeline.data.sources.parquet import ParquetParams
@@ -64,6 +65,7 @@ def server(local: Path) -> Iterator[S3Server]:
 def _credentials(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(waiting, "PATIENCE", waiting.Patience(first_s=0.1, start_s=1.0))
 
 
 def params_of(kind: str, path: str, **values: Any) -> DataParams:

@@ -73,6 +73,29 @@ def test_plain_lines_tell_the_run() -> None:
     assert text[-1] == "training finished after 2 min 10 s: 400 steps"
 
 
+def wait_event(time: float, waiting: bool = True) -> Event:
+    message = f"waiting for s3://flowers: answered 503 for {time:.0f} s" if waiting else "s3://flowers answers again"
+    return Event("wait", {"name": "s3://flowers", "waiting": waiting, "message": message}, time=START + time)
+
+
+def test_a_service_that_many_processes_wait_for_has_a_line_now_and_then() -> None:
+    waits = [wait_event(time + process / 10) for time in (10, 40) for process in range(9)]
+    ends = [wait_event(50, waiting=False), wait_event(50.5, waiting=False)]
+    assert [line[9:] for line in show_plain([*waits, *ends])] == [
+        "waiting for s3://flowers: answered 503 for 10 s",
+        "waiting for s3://flowers: answered 503 for 40 s",
+        "s3://flowers answers again",
+    ]
+    state = RunState(with_teacher=False)
+    state.update(waits[-1])
+    assert state.waiting == "waiting for s3://flowers: answered 503 for 41 s"
+    state.update(step_event(10, time=120))  # whoever waited was lost
+    assert state.waiting == ""
+    state.update(wait_event(121))
+    state.update(wait_event(122, waiting=False))
+    assert state.waiting == ""
+
+
 def test_plain_step_lines_come_at_most_every_ten_seconds() -> None:
     lines = [line for line in show_plain(run_events()) if "samples/s" in line]
     assert [line.split("step ")[1].split("/")[0] for line in lines] == ["10", "110"]

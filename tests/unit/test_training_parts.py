@@ -242,4 +242,6 @@ def test_one_function_opens_test_and_its_callers_are_known() -> None:
 
 
 def _splits_loaded(name: str) -> list[tuple[str, str, ast.Call]]:
-    return [found for found in _calls(name) if found[0] in ("training/job.py", "data/sources/source.py") and found[2].args]
+    return [
+        found for found in _calls(name) if found[0] in ("training/job.py", "data/sources/source.py") and found[2].args
+    ]

@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from pipeline.data.storage import explain_s3, open_storage, show_path
+from pipeline.data.waiting import ask_storage
 from pipeline.errors import CacheError, DataError
+
+T = TypeVar("T")
 
 TEMPORARY = ".tmp"
 
@@ -28,6 +32,9 @@ REBUILD = (
 @dataclass(frozen=True)
 class CacheFolder:
     """A folder, with what can be done to the files below it; pickles small.
+
+    Everything that asks object storage raises StorageError where that is not available for minutes, and may be done
+    again: it is whole or not done at all.
 
     Attributes:
         filesystem: it is on.
@@ -59,15 +66,15 @@ class CacheFolder:
             CacheError: the folder cannot be read.
         """
         selector = pafs.FileSelector(self.root, allow_not_found=True, recursive=True)
-        with self._explain(self.shown, "cannot be read", "make it readable"):
-            found = self.filesystem.get_file_info(selector)
+        found = self._ask(self.root, lambda: self.filesystem.get_file_info(selector))
         start = len(self.root) + 1
         return {info.path[start:]: info.size for info in found if info.type == pafs.FileType.File}
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""
-        with self._explain(self.show(name), "cannot be read", "make it readable"):
-            return self.filesystem.get_file_info(f"{self.root}/{name}").type == pafs.FileType.File
+        path = f"{self.root}/{name}"
+        info = self._ask(path, lambda: self.filesystem.get_file_info(path))
+        return bool(info.type == pafs.FileType.File)
 
     def read(self, name: str) -> pa.Buffer:
         """A file's content, in memory: one that is mapped could still change after it was checked.
@@ -75,12 +82,14 @@ class CacheFolder:
         Raises:
             CacheError: it is missing or cannot be read.
         """
-        try:
-            with (
-                self._explain(self.show(name), "cannot be read", "make it readable"),
-                self.filesystem.open_input_file(f"{self.root}/{name}") as file,
-            ):
+        path = f"{self.root}/{name}"
+
+        def read() -> pa.Buffer:
+            with self.filesystem.open_input_file(path) as file:
                 return file.read_buffer()
+
+        try:
+            return self._ask(path, read)
         except FileNotFoundError as error:
             raise CacheError(f"{self.show(name)} is missing from the cache; {MISSING_ADVICE}.") from error
 
@@ -91,7 +100,8 @@ class CacheFolder:
             CacheError: the disk is full, or refuses.
         """
         path = f"{self.root}/{name}"
-        with self._explain(self.show(name), "cannot be written", "make room there, or set another cache.path"):
+
+        def write() -> None:
             if self.local:
                 _write_local(path, content)
             else:  # an object is there once it is complete
@@ -100,26 +110,30 @@ class CacheFolder:
                 with self.filesystem.open_output_stream(path) as file:
                     file.write(content)
 
+        self._ask(path, write, "cannot be written", "make room there, or set another cache.path")
+
     def delete(self, name: str) -> None:
         """Removes a file, if it is there."""
-        with (
-            self._explain(self.show(name), "cannot be deleted", "make the folder writable"),
-            contextlib.suppress(FileNotFoundError),
-        ):
-            self.filesystem.delete_file(f"{self.root}/{name}")
+        path = f"{self.root}/{name}"
+        with contextlib.suppress(FileNotFoundError):
+            self._ask(path, lambda: self.filesystem.delete_file(path), "cannot be deleted", "make the folder writable")
 
     def delete_folder(self) -> None:
-        """Removes the folder with all that is in it."""
-        with self._explain(self.shown, "cannot be deleted", "make the folder above it writable"):
-            self.filesystem.delete_dir(self.root)
+        """Removes the folder with all that is in it, if it is there."""
+        advice = "make the folder above it writable"
+        with contextlib.suppress(FileNotFoundError):
+            self._ask(self.root, lambda: self.filesystem.delete_dir(self.root), "cannot be deleted", advice)
 
-    @contextlib.contextmanager
-    def _explain(self, what: str, problem: str, advice: str) -> Iterator[None]:
+    def _ask(
+        self, path: str, action: Callable[[], T], problem: str = "cannot be read", advice: str = "make it readable"
+    ) -> T:
+        """As ``ask_storage``, with errors as sentences, but for FileNotFoundError."""
         try:
-            yield
+            return ask_storage(self.filesystem, path, action)
         except FileNotFoundError:
             raise
         except (OSError, pa.ArrowException) as error:
+            what = self.shown + path.removeprefix(self.root)
             reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
             message = explain_s3(error, what) or f"{what} {problem} ({reason.splitlines()[0]}); {advice}."
             raise CacheError(message) from error

@@ -14,7 +14,7 @@ import pyarrow.fs as pafs
 
 from pipeline.contracts.columns import NO_LABEL, SPLITS, SplitName
 from pipeline.data.pixels.decode import SourceFile
-from pipeline.data.storage import check_exists, explain_storage, open_storage, show_path
+from pipeline.data.storage import check_exists, open_storage, read_storage, show_path
 from pipeline.errors import DataError
 
 # Endings of names for each of ``decode.IMAGE_FORMATS``.
@@ -174,8 +174,8 @@ def _list(path: str) -> tuple[pafs.FileSystem, str, list[tuple[str, int | None]]
     info = check_exists(filesystem, root, path, "a folder of images")
     if info.type == pafs.FileType.File:
         raise DataError(f"data.path={path} is a file, expected a folder of images; give the folder.")
-    with explain_storage(f"data.path={path}"):
-        infos = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
+    selector = pafs.FileSelector(root, recursive=True)
+    infos = read_storage(filesystem, root, lambda: filesystem.get_file_info(selector), f"data.path={path}")
     start = len(root.rstrip("/")) + 1
     entries = [(info.path[start:], info.size if info.type == pafs.FileType.File else None) for info in infos]
     return filesystem, root, sorted(entry for entry in entries if not _is_hidden(entry[0]))

@@ -12,6 +12,7 @@ from pipeline.data.order.rows import RowSet
 from pipeline.data.sources.image_files import ImageFiles
 from pipeline.data.sources.source import SplitReader, make_table, positions_of
 from pipeline.data.storage import explain_s3
+from pipeline.data.waiting import ask_storage
 from pipeline.errors import DataError
 
 # Reading waits, for a disk or a network, much longer than it computes.
@@ -60,11 +61,16 @@ class ImageReader(SplitReader):
         """Reads one file into memory of exactly its size."""
         name = self._files.names[sample_id].path
         path = f"{self._files.root}/{self._files.names.paths[sample_id].as_py()}"
-        try:
+
+        def read() -> int:
             with self._filesystem.open_input_file(path) as file:
-                size = file.size()
+                size = int(file.size())
                 if size == len(into):
                     file.readinto(into)
+            return size
+
+        try:
+            size = ask_storage(self._filesystem, path, read)
         except (OSError, pa.ArrowException) as error:
             raise DataError(
                 explain_s3(error, name)

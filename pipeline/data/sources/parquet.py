@@ -30,11 +30,13 @@ from pipeline.data.sources.parquet_files import (
 )
 from pipeline.data.sources.parquet_reader import ParquetReader
 from pipeline.data.sources.source import DataSource, Unlabelled, check_fits, describe_carved, find_unlabelled
+from pipeline.data.storage import read_storage
 from pipeline.errors import ConfigError, DataError
 from pipeline.registry import Params
 
 # Of this many rows, one must have a readable image where bad ones are skipped.
 _TRIES = 100
+_DAMAGED = "the file is damaged or is being changed: copy it again"
 
 
 class FilesParams(Params):
@@ -222,16 +224,20 @@ def _detect_column(filesystem: pafs.FileSystem, footers: Sequence[FileFooter], p
     footer = next(footer for footer in footers if footer.metadata.num_rows)
     name = params.image_column
     arrow_type = footer.schema.field(name).type
-    first_error: DataError | None = None
-    with pq.ParquetFile(footer.file.path, filesystem=filesystem) as parquet:
-        batches = (batch for batch in parquet.iter_batches(batch_size=1, columns=[name]) if batch.num_rows)
-        for batch in islice(batches, _TRIES if params.on_bad_row == "skip" else 1):
-            try:
-                return detect_column(name, arrow_type, batch.column(0), params.image_size, footer.name)
-            except DataError as error:
-                first_error = first_error or error
-    assert first_error is not None  # for the type checker: the file has rows
-    raise first_error
+
+    def detect() -> ImageColumn:
+        first_error: DataError | None = None
+        with pq.ParquetFile(footer.file.path, filesystem=filesystem) as parquet:
+            batches = (batch for batch in parquet.iter_batches(batch_size=1, columns=[name]) if batch.num_rows)
+            for batch in islice(batches, _TRIES if params.on_bad_row == "skip" else 1):
+                try:
+                    return detect_column(name, arrow_type, batch.column(0), params.image_size, footer.name)
+                except DataError as error:
+                    first_error = first_error or error
+        assert first_error is not None  # for the type checker: the file has rows
+        raise first_error
+
+    return read_storage(filesystem, footer.file.path, detect, f"{footer.name}: column {name!r}", _DAMAGED)
 
 
 def _shape_of(column: ImageColumn, params: ParquetParams) -> tuple[int, ...]:
@@ -308,8 +314,12 @@ def _read_labels(filesystem: pafs.FileSystem, footer: FileFooter, name: str) -> 
             f"{footer.name}: label column {name!r} has type {arrow_type}, expected integers (class numbers from 0); "
             "store numbers, or name another column in data.label_column."
         )
-    with pq.ParquetFile(footer.file.path, filesystem=filesystem) as parquet:
-        column = parquet.read(columns=[name], use_threads=False)[name]
+
+    def read() -> pa.ChunkedArray:
+        with pq.ParquetFile(footer.file.path, filesystem=filesystem) as parquet:
+            return parquet.read(columns=[name], use_threads=False)[name]
+
+    column = read_storage(filesystem, footer.file.path, read, f"{footer.name}: column {name!r}", _DAMAGED)
     return column.cast(pa.int64()).combine_chunks()
 
 

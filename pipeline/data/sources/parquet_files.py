@@ -8,6 +8,7 @@ import json
 import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,8 @@ from pipeline.data.order.rows import RowGroups
 from pipeline.data.pixels.decode import SourceFile
 from pipeline.data.sources.parquet_column import ImageColumn
 from pipeline.data.sources.parquet_reader import ParquetFile
-from pipeline.data.storage import check_exists, explain_s3, explain_storage, open_storage
+from pipeline.data.storage import check_exists, explain_s3, open_storage, read_storage
+from pipeline.data.waiting import ask_storage
 from pipeline.errors import ConfigError, DataError
 
 # Beginnings of file names, where the configuration names no files.
@@ -71,8 +73,8 @@ def find_files(
         if patterns is not None:
             raise ConfigError(f"data.files picks files out of a folder, but data.path={path} is a file; remove one.")
         return filesystem, {"train": [info]}
-    with explain_storage(f"data.path={path}"):
-        infos = filesystem.get_file_info(pafs.FileSelector(root, recursive=patterns is not None))
+    selector = pafs.FileSelector(root, recursive=patterns is not None)
+    infos = read_storage(filesystem, root, lambda: filesystem.get_file_info(selector), f"data.path={path}")
     found = {
         posixpath.relpath(info.path, root): info
         for info in infos
@@ -96,8 +98,8 @@ def find_all_files(path: str) -> tuple[pafs.FileSystem, list[pafs.FileInfo]]:
     info = check_exists(filesystem, root, path, "a folder of Parquet files, or one such file")
     if info.type == pafs.FileType.File:
         return filesystem, [info]
-    with explain_storage(f"data.path={path}"):
-        infos = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
+    selector = pafs.FileSelector(root, recursive=True)
+    infos = read_storage(filesystem, root, lambda: filesystem.get_file_info(selector), f"data.path={path}")
     found = {posixpath.relpath(info.path, root): info for info in infos if info.type == pafs.FileType.File}
     shown = [name for name in sorted(found) if not any(part.startswith((".", "_")) for part in name.split("/"))]
     chosen = [found[name] for name in shown if name.endswith(".parquet")]
@@ -157,13 +159,18 @@ def read_footers(filesystem: pafs.FileSystem, infos: Sequence[pafs.FileInfo]) ->
 
     Raises:
         DataError: not a Parquet file, or a damaged one.
+        StorageError: see ``ask_storage``.
     """
+
+    def read(info: pafs.FileInfo) -> FileFooter:
+        with pq.ParquetFile(info.path, filesystem=filesystem) as parquet:
+            file = ParquetFile(info.path, (info.size, info.mtime_ns))
+            return FileFooter(file, info.path, parquet.metadata, parquet.schema_arrow)
+
     footers = []
     for info in infos:
         try:
-            with pq.ParquetFile(info.path, filesystem=filesystem) as parquet:
-                file = ParquetFile(info.path, (info.size, info.mtime_ns))
-                footers.append(FileFooter(file, info.path, parquet.metadata, parquet.schema_arrow))
+            footers.append(ask_storage(filesystem, info.path, partial(read, info)))
         except (OSError, pa.ArrowException) as error:
             raise DataError(
                 explain_s3(error, info.path)

@@ -17,6 +17,7 @@ from pipeline.data.pixels.decode import BAD, SourceFile, name_row
 from pipeline.data.sources.parquet_column import ImageColumn
 from pipeline.data.sources.source import SplitReader, make_table, positions_of
 from pipeline.data.storage import explain_s3
+from pipeline.data.waiting import ask_storage
 from pipeline.errors import DataError
 
 
@@ -148,9 +149,13 @@ class ParquetReader(SplitReader):
         first_row, num_rows = int(self.groups.first_row[index]), int(self.groups.num_rows[index])
         name = self._names[self.groups.file[index]].path
         columns = [self._column.leaf, *([self._label_column] if self._label_column else [])]
-        try:
+
+        def read() -> pa.Table:
             with pq.ParquetFile(file.path, filesystem=self._filesystem) as parquet:
-                raw = parquet.read_row_group(int(self.groups.index[index]), columns=columns, use_threads=False)
+                return parquet.read_row_group(int(self.groups.index[index]), columns=columns, use_threads=False)
+
+        try:
+            raw = ask_storage(self._filesystem, file.path, read)
         except (OSError, pa.ArrowException) as error:
             raise DataError(
                 explain_s3(error, name)

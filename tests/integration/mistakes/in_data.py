@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.contracts.columns import InputSpec
+from pipeline.data import waiting
 from tests.integration.mistakes.in_networks import save_mlp
 from tests.integration.mistakes.server import serve
 from tests.integration.mistakes.table import Place, mistake
@@ -131,6 +132,18 @@ def _(place: Place) -> list[str]:
 @mistake("a mistyped key of object storage")
 def _(place: Place) -> list[str]:
     return stored(place, 403)
+
+
+@mistake("an address of object storage where nothing is")
+def _(place: Place) -> list[str]:
+    place.monkeypatch.setattr(waiting, "PATIENCE", waiting.Patience(start_s=0.1))
+    return place.train("data=parquet", "data.path='s3://flowers/2024?endpoint_override=127.0.0.1:9&scheme=http'")
+
+
+@mistake("object storage that is away")
+def _(place: Place) -> list[str]:
+    place.monkeypatch.setattr(waiting, "PATIENCE", waiting.Patience(total_s=0.1))
+    return stored(place, 503)
 
 
 @mistake("a secret in `data.path`")
