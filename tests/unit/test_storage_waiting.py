@@ -25,7 +25,7 @@ from pipeline.data.sources.parquet_reader import _CACHE
 from pipeline.data.waiting import ask_service, ask_storage, tell_waits
 from pipeline.errors import CacheError, DataError, StorageError
 from pipeline.search import TrialTask
-from pipeline.stages import trial
+from pipeline.trials import trial
 from tests.unit.cached_runs import GROUP_ROWS, NUM_ROWS, draw_pictures, write_pictures
 from tests.unit.caches import make_cache, make_key, make_reader
 from tests.unit.unsteady import DENIED, REFUSED, SLOW_DOWN, Time, Unsteady, always, never, put_before, twice

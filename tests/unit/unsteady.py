@@ -10,8 +10,9 @@ from typing import Any
 import pyarrow.fs as pafs
 import pytest
 
-from pipeline.data import image_files, parquet_files, storage, waiting
+from pipeline.data import storage, waiting
 from pipeline.data.cache import folder
+from pipeline.data.sources import image_files, parquet_files
 
 SLOW_DOWN = "When reading key 'x' in bucket 'y': AWS Error SLOW_DOWN during GetObject operation: please"
 DENIED = "When reading key 'x' in bucket 'y': AWS Error ACCESS_DENIED during GetObject operation: no"
