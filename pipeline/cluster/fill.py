@@ -13,7 +13,7 @@ from ray.exceptions import RayTaskError
 from pipeline.cluster.tasks import find_pipeline_error
 from pipeline.contracts.events import Emitter, Event
 from pipeline.data import SplitReader
-from pipeline.data.cache.sealing import SealPlan, seal_fill
+from pipeline.data.sealing import SealPlan, seal_fill
 from pipeline.data.waiting import tell_waits
 
 _POOL_OPTIONS = ("num_cpus", "num_gpus", "resources", "accelerator_type", "label_selector")

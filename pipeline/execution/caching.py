@@ -6,7 +6,7 @@ import hashlib
 import platform
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.config.provenance import find_version
 from pipeline.config.runs import Run
@@ -31,10 +31,9 @@ from pipeline.data.cache import (
     row_bytes,
     write_build,
 )
-from pipeline.data.cache.sealing import SealPlan
-
-if TYPE_CHECKING:  # they are made of what is here
-    from pipeline.execution.work import CheckedTeacher, Work
+from pipeline.data.sealing import SealPlan
+from pipeline.execution.teacher import CheckedTeacher
+from pipeline.training import RunPlan
 
 _PACKAGES = ("distill-pipeline", "torch", "torchvision", "numpy", "pillow", "pyarrow")
 
@@ -142,35 +141,35 @@ class Fill:
     decoder: LogitsDecoder
 
 
-def plan_fill(work: Work, key: CacheKey) -> Fill:
+def plan_fill(run: Run, plan: RunPlan, reader: SplitReader, key: CacheKey) -> Fill:
     """The first views are computed, kept and trained on; every later epoch is read.
 
     Raises:
         CacheError: the folder cannot be written.
         ConfigError: the encoding does not fit the classes, or not what the loss needs.
     """
-    config, plan = work.config, work.plan
+    config = run.config
     check_classes(key, key.num_classes)
     folder = open_folder(config.cache.path or "").below(key.digest)
-    write_build(folder, BuildRecord.of(key, PartLayout.of(work.reader)))
-    writer = FillWriter(folder, key, FILL + hashlib.sha256(str(work.run.dir).encode()).hexdigest()[:8])
+    write_build(folder, BuildRecord.of(key, PartLayout.of(reader)))
+    writer = FillWriter(folder, key, FILL + hashlib.sha256(str(run.dir).encode()).hexdigest()[:8])
     # Whole steps: a stream that ends within one would be cut into parts.
     steps = -(-key.num_views * plan.blocks_per_epoch // plan.blocks_per_step)
-    limit = _limit_bytes(config, key, work.reader)
-    logits = LogitsToCome(config.cache.path or "", key, work.reader, limit)
+    limit = _limit_bytes(config, key, reader)
+    logits = LogitsToCome(config.cache.path or "", key, reader, limit)
     return Fill(writer, min(steps * plan.blocks_per_step, plan.num_blocks), logits, make_decoder(config, key))
 
 
-def plan_seal(work: Work, fill: Fill, teacher_accuracy: float | None) -> SealPlan:
+def plan_seal(run: Run, source: DataSource, fill: Fill, teacher_accuracy: float | None) -> SealPlan:
     """What is done between filling and reading."""
-    config = work.config
+    config = run.config
     return SealPlan(
         config.cache.path or "",
         fill.writer,
-        work.source.decoder("train"),
+        source.decoder("train"),
         config.data.augment,
         config.view_seed,
         config.train.batch_size,
         teacher_accuracy,
-        describe_origin(work.run),
+        describe_origin(run),
     )

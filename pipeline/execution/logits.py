@@ -18,7 +18,7 @@ from pipeline.data import DataSource, SplitReader
 from pipeline.data.logits import load_logits, save_logits
 from pipeline.execution.pool import estimate_block_bytes, make_pool_plan, pool_device, stream_limits
 from pipeline.execution.session import RunSession
-from pipeline.execution.work import CheckedTeacher, compute_dtype
+from pipeline.execution.teacher import CheckedTeacher, compute_dtype
 from pipeline.models import Teacher
 from pipeline.training import compute_logits, teacher_arguments
 

@@ -18,8 +18,9 @@ from pipeline.contracts.own_code import Code
 from pipeline.data import DataSource
 from pipeline.errors import PipelineError, RunError
 from pipeline.execution.session import RunSession, has_rest, run_interruptibly, send_rest
+from pipeline.execution.teacher import CheckedTeacher, check_teacher
 from pipeline.execution.ways import preflight_rows
-from pipeline.execution.work import CheckedTeacher, check_teacher, collect_own_code
+from pipeline.execution.work import collect_own_code
 from pipeline.report.tables import render_table
 
 WorkT = TypeVar("WorkT")

@@ -15,7 +15,7 @@ from pipeline.contracts.columns import SplitName
 from pipeline.contracts.events import Emitter, Event
 from pipeline.data import SplitReader
 from pipeline.data.cache import LogitsDecoder, LogitsReader
-from pipeline.data.cache.sealing import seal_fill
+from pipeline.data.sealing import seal_fill
 from pipeline.errors import ResourceError
 from pipeline.evaluation.metrics import TEACHER_METRICS
 from pipeline.execution.caching import plan_seal
@@ -113,7 +113,9 @@ class _InProcess:
         assert work.fill is not None
         assert teacher is not None
         self._session.say("cache", detail="sealing what was filled")
-        counted = seal_fill(plan_seal(work, work.fill, _accuracy(work, spec)), work.reader, lambda: teacher.teacher)
+        counted = seal_fill(
+            plan_seal(work.run, work.source, work.fill, _accuracy(work, spec)), work.reader, lambda: teacher.teacher
+        )
         self._session.say("cache", "finished", f"{counted} rows were in no block and were computed")
         return work.fill.logits, work.fill.decoder
 
@@ -203,7 +205,7 @@ class _OnRay:
         assert filling.pool is not None
         pool = replace(filling.pool, fill=work.fill.writer)
         reading = self._training_stream((work.fill.logits, work.fill.decoder))
-        plan = plan_seal(work, work.fill, _accuracy(work, spec))
+        plan = plan_seal(work.run, work.source, work.fill, _accuracy(work, spec))
         seal = SealTask(plan, share(work.reader), pool.build, pool.actor_options, self._drain.emitter)
         return RunStream((replace(filling, pool=pool), reading), (work.fill.end, end), seal)
 

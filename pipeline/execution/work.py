@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
 
 from pipeline.config.rules import TEACHER_ONLY, asks_teacher
 from pipeline.config.runs import Run
@@ -21,43 +16,15 @@ from pipeline.data.cache import LogitsDecoder, LogitsReader
 from pipeline.errors import DataError
 from pipeline.execution.caching import Fill, cache_key, is_complete, open_cached, plan_fill
 from pipeline.execution.own_network import check_fresh
+from pipeline.execution.teacher import CheckedTeacher
 from pipeline.losses import Perturbation
 from pipeline.models import (
     CustomParams,
     ModelParams,
     build_classifier,
-    class_similarity,
-    describe_preprocessing,
-    fingerprint_state,
     load_initial_weights,
-    load_teacher_weights,
 )
 from pipeline.training import RunPlan, RunSpec, make_plan, make_planner, open_training
-
-
-@dataclass(frozen=True)
-class CheckedTeacher:
-    """A teacher whose checkpoint was read once and fits its network and the data.
-
-    Attributes:
-        fingerprint: of its weights.
-        architecture: what its network is built from.
-        preprocessing: of its input.
-        precision: of its forward pass, resolved: logits in bf16 are not those in fp32.
-        class_similarity: (C, C) float32 cosines of its last layer; none where the loss does not need them.
-    """
-
-    fingerprint: str
-    architecture: Mapping[str, Any]
-    preprocessing: Mapping[str, Any]
-    precision: str
-    class_similarity: np.ndarray | None = None
-
-    @property
-    def key(self) -> str:
-        """Of everything its logits depend on but the rows."""
-        parts = [self.fingerprint, self.architecture, self.preprocessing, self.precision]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -178,36 +145,6 @@ def _advise(config: Config) -> str:
     return "label them, or use a loss that learns from a teacher alone (loss=kd loss.ce_weight=0)"
 
 
-def check_teacher(config: Config, source: DataSource) -> CheckedTeacher:
-    """Builds the teacher on this machine's CPU and loads its weights, so that what is wrong shows now.
-
-    Raises:
-        CheckpointError, ModelError: see ``load_teacher_weights`` and ``build_classifier``.
-    """
-    params = config.teacher
-    classifier = build_classifier(params, source.spec)
-    load_teacher_weights(classifier, params)
-    return CheckedTeacher(
-        fingerprint_state(classifier.network.state_dict()),
-        params.architecture(),
-        describe_preprocessing(params, source.spec),
-        compute_dtype(config),
-        class_similarity(classifier) if "last_layer" in config.loss.needs else None,
-    )
-
-
-def compute_dtype(config: Config) -> Literal["fp32", "bf16"]:
-    """The teacher's precision, resolved."""
-    precision = config.teacher.precision
-    if precision != "auto":
-        return precision
-    if config.cluster.name == "inprocess":
-        import torch
-
-        return "bf16" if torch.cuda.is_available() else "fp32"
-    return "bf16" if config.teacher.pool.num_gpus else "fp32"
-
-
 def prepare_work(run: Run, source: DataSource, teacher: CheckedTeacher | None) -> Work:
     """Order and length of the run; the network is built and tried here, so that what is wrong with it shows now."""
     config = run.config
@@ -222,7 +159,7 @@ def prepare_work(run: Run, source: DataSource, teacher: CheckedTeacher | None) -
         return work
     key = cache_key(config, source, teacher)
     if config.teacher.source == "fill" and not is_complete(config, key):
-        return replace(work, fill=plan_fill(work, key))
+        return replace(work, fill=plan_fill(run, work.plan, reader, key))
     return replace(work, cached=open_cached(config, key, reader))
 
 

@@ -15,19 +15,10 @@ from pipeline.losses.batch import OncePerBatch
 from pipeline.losses.chunks import row_chunks
 from pipeline.losses.correlation import SMOOTH_FLOOR, pearson, softmax_correlations
 from pipeline.losses.cross_entropy import label_term
-from pipeline.losses.objective import (
-    LOSSES,
-    Labels,
-    LabelUse,
-    Logits,
-    Scalar,
-    Signals,
-    Term,
-    Weights,
-    widen,
-)
+from pipeline.losses.objective import LOSSES, LabelUse, Signals, Term
 from pipeline.losses.soft_rank import average_ranks, degenerate_shares, soft_rank
 from pipeline.losses.softened import SoftenedLossParams
+from pipeline.losses.tensors import Labels, Logits, Scalar, Weights, widen
 
 Difficulty = Literal["entropy", "label", "margin", "constant"]
 

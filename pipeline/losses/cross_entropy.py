@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from pipeline.losses.objective import LOSSES, Labels, Logits, LossParams, Scalar, Signals, Term, Weights, widen
+from pipeline.losses.objective import LOSSES, LossParams, Signals, Term
+from pipeline.losses.tensors import Labels, Logits, Scalar, Weights, widen
 
 
 def cross_entropy(

@@ -10,8 +10,9 @@ from torch import Tensor
 from pipeline.losses.batch import OncePerBatch
 from pipeline.losses.correlation import PUBLISHED_FLOOR, SMOOTH_FLOOR, softmax_correlations
 from pipeline.losses.cross_entropy import label_term
-from pipeline.losses.objective import LOSSES, Logits, Scalar, Signals, Term
+from pipeline.losses.objective import LOSSES, Signals, Term
 from pipeline.losses.softened import SoftenedLossParams
+from pipeline.losses.tensors import Logits, Scalar
 
 
 def dist_inter(

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pipeline.losses.cross_entropy import label_term
-from pipeline.losses.objective import LOSSES, Labels, Logits, Scalar, Signals, Term, widen
+from pipeline.losses.objective import LOSSES, Signals, Term
 from pipeline.losses.softened import SoftenedLossParams
+from pipeline.losses.tensors import Labels, Logits, Scalar, widen
 
 
 def target_kl(student_logits: Logits, teacher_logits: Logits, labels: Labels, *, temperature: float) -> Scalar:

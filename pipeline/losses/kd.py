@@ -8,8 +8,9 @@ import torch
 from pydantic import Field
 
 from pipeline.losses.cross_entropy import label_term
-from pipeline.losses.objective import LOSSES, Logits, Scalar, Signals, TeacherNeed, Term, widen
+from pipeline.losses.objective import LOSSES, Signals, TeacherNeed, Term
 from pipeline.losses.softened import SoftenedLossParams
+from pipeline.losses.tensors import Logits, Scalar, widen
 
 
 def kl_divergence(student_logits: Logits, teacher_logits: Logits, *, temperature: float) -> Scalar:

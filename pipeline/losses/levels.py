@@ -11,9 +11,10 @@ from torch import Tensor
 
 from pipeline.errors import ModelError
 from pipeline.losses.cross_entropy import label_term
-from pipeline.losses.objective import LOSSES, Labels, Logits, Scalar, Signals, TeacherNeed, Term, widen
+from pipeline.losses.objective import LOSSES, Signals, TeacherNeed, Term
 from pipeline.losses.softened import SoftenedLossParams
 from pipeline.losses.standardise import standardise
+from pipeline.losses.tensors import Labels, Logits, Scalar, widen
 
 Targets = Float[Tensor, "batch classes"]
 Level = Literal["label_smoothing", "partial_teacher", "class_similarity", "partial_and_similarity", "topk"]

@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import Field
 
 from pipeline.losses.cross_entropy import label_term
-from pipeline.losses.objective import LOSSES, Logits, Scalar, Signals, TeacherLossParams, Term, widen
+from pipeline.losses.objective import LOSSES, Signals, TeacherLossParams, Term
+from pipeline.losses.tensors import Logits, Scalar, widen
 
 
 def logit_mse(student_logits: Logits, teacher_logits: Logits) -> Scalar:

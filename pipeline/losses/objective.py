@@ -5,32 +5,20 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
-from jaxtyping import Float, Int64
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from pipeline.errors import ConfigError, ModelError
+from pipeline.losses.perturbation import Perturbation
 from pipeline.losses.schedule import Schedule, check_schedules
+from pipeline.losses.tensors import widen
 from pipeline.registry import Params, Registry
-
-if TYPE_CHECKING:  # it is made of what is here
-    from pipeline.losses.perturbation import Perturbation
-
-Logits = Float[Tensor, "batch classes"]
-Labels = Int64[Tensor, " batch"]
-Weights = Float[Tensor, " batch"]
-Scalar = Float[Tensor, ""]
 
 TeacherNeed = Literal["full", "topk", "last_layer", "class_counts"]
 LabelUse = Literal["none", "one", "pair"]
-
-
-def widen(logits: Tensor) -> Tensor:
-    """``logits`` in float32, or unchanged where they are wider: losses lose too much in bf16."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 class LabelPairs(NamedTuple):

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
 from pipeline.errors import ConfigError
-from pipeline.losses.objective import Logits, widen
+from pipeline.losses.tensors import Logits, widen
 from pipeline.registry import Params
 
 Coefficients = Float[Tensor, "*rows powers"]

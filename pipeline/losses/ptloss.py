@@ -13,9 +13,10 @@ from torch.autograd.function import once_differentiable
 from pipeline.errors import ConfigError
 from pipeline.losses.chunks import row_chunks
 from pipeline.losses.cross_entropy import label_term
-from pipeline.losses.objective import LOSSES, Logits, Scalar, Signals, Term, widen
+from pipeline.losses.objective import LOSSES, Signals, Term
 from pipeline.losses.perturbation import Coefficients, Perturbation, check_coefficients
 from pipeline.losses.softened import SoftenedLossParams
+from pipeline.losses.tensors import Logits, Scalar, widen
 
 AUTO = "auto"
 

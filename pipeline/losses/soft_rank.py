@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipeline.errors import ResourceError
-from pipeline.losses.objective import Logits, widen
+from pipeline.losses.tensors import Logits, widen
 
 
 def soft_rank(values: Logits, *, strength: float) -> tuple[Logits, Int64[Tensor, " batch"]]:

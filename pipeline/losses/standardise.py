@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipeline.losses.chunks import row_chunks
-from pipeline.losses.objective import Logits, widen
+from pipeline.losses.tensors import Logits, widen
 
 
 def standardise(logits: Logits, *, floor: float = 1e-7) -> Logits:

@@ -33,7 +33,7 @@ from pipeline.data.order.epochs import BlockPlan
 from pipeline.errors import CacheError, ConfigError, StorageError
 from pipeline.execution.caching import cache_key
 from pipeline.execution.logits import teacher_here
-from pipeline.execution.work import check_teacher
+from pipeline.execution.teacher import check_teacher
 from pipeline.report.cache import format_bytes, render_caches, render_manifest, render_plan
 from pipeline.report.rows import RowProgress
 from pipeline.report.tables import render_table

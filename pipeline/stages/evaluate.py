@@ -16,8 +16,9 @@ from pipeline.data.logits import save_logits
 from pipeline.errors import ConfigError
 from pipeline.execution.logits import logits_path, teacher_here
 from pipeline.execution.skipped import FILE_NAME, SkippedRows
+from pipeline.execution.teacher import check_teacher
 from pipeline.execution.training import metrics_table
-from pipeline.execution.work import check_labels, check_teacher, trained_network
+from pipeline.execution.work import check_labels, trained_network
 from pipeline.models import resolve_checkpoint
 from pipeline.training import Evaluation, EvaluationSpec, compute_logits, evaluate_weights, open_test
 

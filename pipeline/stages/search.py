@@ -20,17 +20,18 @@ from pipeline.data import DataSource, SplitReader
 from pipeline.data.cache import LogitsReader
 from pipeline.errors import TrainingError
 from pipeline.execution.caching import open_logits
+from pipeline.execution.completing import CacheWork, complete_cache, open_teacher, prepare_cache
 from pipeline.execution.joining import connect, join_cluster
 from pipeline.execution.logits import logits_path
 from pipeline.execution.own_network import check_fresh
 from pipeline.execution.selection import select
 from pipeline.execution.session import RunSession
 from pipeline.execution.story import Story, tell
+from pipeline.execution.teacher import CheckedTeacher, check_teacher
 from pipeline.execution.ways import list_demands, worker_bundle
-from pipeline.execution.work import CheckedTeacher, check_labels, check_teacher
+from pipeline.execution.work import check_labels
 from pipeline.models import CustomParams, build_classifier
 from pipeline.search.study import PastTrial
-from pipeline.stages.cache_build import CacheWork, complete_cache, open_teacher, prepare_cache
 from pipeline.training import open_training
 from pipeline.trials.board import FAILED_SHARE, TrialBoard
 from pipeline.trials.configs import TrialConfigs

@@ -25,8 +25,9 @@ from pipeline.execution.selection import (
 from pipeline.execution.session import RunSession
 from pipeline.execution.skipped import SkippedRows
 from pipeline.execution.story import Story, tell
+from pipeline.execution.teacher import CheckedTeacher
 from pipeline.execution.ways import list_demands
-from pipeline.execution.work import CheckedTeacher, check_validation_labels
+from pipeline.execution.work import check_validation_labels
 
 _Compute = Callable[[SplitName, SplitReader], Path]
 

@@ -25,8 +25,9 @@ from pipeline.data.waiting import tell_waits
 from pipeline.errors import PipelineError
 from pipeline.execution.caching import make_decoder
 from pipeline.execution.skipped import SkippedRows
+from pipeline.execution.teacher import CheckedTeacher
 from pipeline.execution.training import complete_record, keep_best, write_evaluations
-from pipeline.execution.work import CheckedTeacher, plan_work
+from pipeline.execution.work import plan_work
 from pipeline.search import TrialTask
 from pipeline.training import InProcessSource, LocalContext, RunSpec, TrainState, build_job, make_planner, train
 from pipeline.training.context import find_local, process_group

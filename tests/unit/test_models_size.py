@@ -15,7 +15,7 @@ from pipeline.config.validate import build_config
 from pipeline.contracts.columns import InputSpec
 from pipeline.data.sources.digits import DigitsParams
 from pipeline.errors import CheckpointError
-from pipeline.execution.work import check_teacher
+from pipeline.execution.teacher import check_teacher
 from pipeline.models import ModelCard, Teacher, build_classifier, load_checkpoint, read_card, save_model
 from pipeline.models.mlp import MLPParams
 from pipeline.models.small_cnn import SmallCNNParams

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from pipeline.config.schema import Config
 from pipeline.data.sources.digits import DigitsParams
 from pipeline.execution.logits import teacher_here
-from pipeline.execution.work import compute_dtype
+from pipeline.execution.teacher import compute_dtype
 from pipeline.models import build_classifier
 from pipeline.models.small_cnn import SmallCNNParams
 from tests.unit.runs import build
