@@ -2,12 +2,10 @@
 
 from pipeline.data.cache.blocks import PartAssembler, PartBlocks
 from pipeline.data.cache.build import CacheBuild, open_build
-from pipeline.data.cache.check import CacheEntry, list_caches, remove_cache, verify_files
-from pipeline.data.cache.deviation import find_deviations, tolerance
-from pipeline.data.cache.encoding import decode_logits
+from pipeline.data.cache.check import CacheEntry, find_deviations, list_caches, remove_cache, tolerance, verify_files
+from pipeline.data.cache.encoding import LogitsDecoder, decode_logits
 from pipeline.data.cache.filling import FILL, FillWriter, rewrite_blocks
 from pipeline.data.cache.folder import open_folder
-from pipeline.data.cache.joined import LogitsDecoder
 from pipeline.data.cache.key import CacheKey
 from pipeline.data.cache.manifest import MANIFEST, BuildRecord, Manifest, write_build
 from pipeline.data.cache.opened import Cache, open_cache, open_manifest
