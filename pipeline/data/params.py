@@ -18,7 +18,9 @@ class DataParams(Params):
     """One data set with its splits."""
 
     name: str
+    """Which data set; ``data=NAME`` sets it."""
     augment: AugmentParams = AugmentParams()
+    """Random changes to training images; the default of each switches it off."""
     num_views: int | None = Field(default=None, ge=1)
     """Different augmented views of a sample; epoch e shows view e modulo this. None: every epoch a new one."""
     view_seed: int | None = Field(default=None, ge=0)

@@ -30,7 +30,7 @@ class SelectionParams(Params):
     upper: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     """Largest coefficient; the smallest is -1/m."""
     num_candidates: int = Field(default=256, ge=2)
-    """Zero among them; in every group."""
+    """Candidates in every group, zero among them."""
     score: Score = "squared"
     """Distance to the one-hot label: ``squared`` is least at the true probabilities; ``norm``, the paper's, rewards
     being sharper than that."""
@@ -53,8 +53,9 @@ class SelectionParams(Params):
     temperature_criterion: Criterion = "brier"
     """What the temperature is fitted by, both this one and that which the report compares with."""
     num_resamples: int = Field(default=1000, ge=100)
-    """Of the bootstrap."""
+    """Resamples of the bootstrap, for confidence intervals."""
     seed: int = Field(default=0, ge=0)
+    """Draws the candidates, the halves of the cross-fit and the bootstrap; not the seed of the run."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -139,11 +139,13 @@ class CMKDParams(SoftenedLossParams):
     soft_rank_strength: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Gap of logits above which ranks are hard; none: 1/C, which suits standardised logits."""
     pearson_weight: float = Field(default=2.0, ge=0, allow_inf_nan=False)
+    """Weight of Pearson's correlation within a row."""
     spearman_weight: float = Field(default=2.0, ge=0, allow_inf_nan=False)
+    """Weight of Spearman's correlation within a row, by soft ranks."""
     intra_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """Of the rows' correlation within a class, as in DIST; above 0 the batch is part of the method."""
+    """Weight of the rows' correlation within a class, as in DIST; above 0 the batch is part of the method."""
     ce_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    """0: no labels are needed."""
+    """Weight of the cross-entropy with the labels; 0: no labels are needed."""
 
     @property
     def couples_batch(self) -> bool:

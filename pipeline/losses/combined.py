@@ -31,7 +31,7 @@ class CombinedParams(LossParams):
     parts: dict[str, SerializeAsAny[LossParams]] = Field(default=_DEFAULT_PARTS)
     """Name of a loss to its parameters, as in ``conf/loss``."""
     ce_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    """0: no labels are needed, but for what a part needs."""
+    """Weight of the cross-entropy with the labels; 0: no labels are needed, but for what a part needs."""
 
     @field_validator("parts", mode="before")
     @classmethod

@@ -91,11 +91,11 @@ class DISTParams(SoftenedLossParams):
     temperature: float = Field(default=4.0, gt=0, allow_inf_nan=False)
     """Softens both sides' probabilities. Published: 4 for CIFAR, 1 for ImageNet."""
     inter_weight: float = Field(default=2.0, ge=0, allow_inf_nan=False)
-    """Of the classes' correlation within a row."""
+    """Weight of the classes' correlation within a row."""
     intra_weight: float = Field(default=2.0, ge=0, allow_inf_nan=False)
-    """Of the rows' correlation within a class; above 0 the batch is part of the method."""
+    """Weight of the rows' correlation within a class; above 0 the batch is part of the method."""
     ce_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    """0: no labels are needed."""
+    """Weight of the cross-entropy with the labels; 0: no labels are needed."""
     published_floor: bool = False
     """Divide as the published code does, which gives its numbers, but unbounded gradients of constant rows. The default
     damps classes that are rare in the batch: at temperature 1 and with many classes, by much."""

@@ -90,10 +90,11 @@ class DKDParams(SoftenedLossParams):
     temperature: float = Field(default=4.0, gt=0, allow_inf_nan=False)
     """Softens both sides' probabilities."""
     target_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    """Of the label's probability."""
+    """Weight of the distance in the label's probability."""
     nontarget_weight: float = Field(default=8.0, ge=0, allow_inf_nan=False)
-    """Of the other classes' probabilities among themselves."""
+    """Weight of the distance in the other classes' probabilities among themselves."""
     ce_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """Weight of the cross-entropy with the labels; at 0 labels are still needed."""
 
     def terms(self) -> tuple[Term, ...]:
         def target(signals: Signals) -> Scalar:

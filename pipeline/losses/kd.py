@@ -47,8 +47,9 @@ class KDParams(SoftenedLossParams):
     temperature: float = Field(default=4.0, gt=0, allow_inf_nan=False)
     """Softens both sides' probabilities."""
     kd_weight: float = Field(default=0.9, ge=0, allow_inf_nan=False)
+    """Weight of the distance to the teacher."""
     ce_weight: float = Field(default=0.1, ge=0, allow_inf_nan=False)
-    """0: no labels are needed."""
+    """Weight of the cross-entropy with the labels; 0: no labels are needed."""
 
     @property
     def needs(self) -> frozenset[TeacherNeed]:

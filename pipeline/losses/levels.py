@@ -143,13 +143,15 @@ class LevelsParams(SoftenedLossParams):
     similarity_power: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Levels with similarity: exponent of the cosines; other than 1, negative ones count as 0."""
     similarity_temperature: float = Field(default=0.3, gt=0, allow_inf_nan=False)
-    """Levels with similarity: of the softmax over cosines."""
+    """Levels with similarity: temperature of the softmax over cosines."""
     similarity_share: float = Field(default=0.5, ge=0, le=1)
     """Level ``partial_and_similarity``: share of the similarity's targets, the rest are the partial teacher's."""
     num_kept: int = Field(default=5, ge=1)
     """Level ``topk``: how many of the teacher's probabilities are kept."""
     kd_weight: float = Field(default=0.9, ge=0, allow_inf_nan=False)
+    """Weight of the distance to the targets."""
     ce_weight: float = Field(default=0.1, ge=0, allow_inf_nan=False)
+    """Weight of the cross-entropy with the labels; 0: no labels are needed at level ``topk``."""
 
     @property
     def needs(self) -> frozenset[TeacherNeed]:

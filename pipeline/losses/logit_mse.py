@@ -57,8 +57,9 @@ class LogitMSEParams(TeacherLossParams):
     centred: bool = False
     """Ignore each row's offset, which softmax does not see: for teachers that give probabilities only."""
     kd_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """Weight of the distance to the teacher."""
     ce_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """0: no labels are needed."""
+    """Weight of the cross-entropy with the labels; 0: no labels are needed."""
 
     def terms(self) -> tuple[Term, ...]:
         def mse(signals: Signals) -> Scalar:

@@ -109,8 +109,10 @@ class LossParams(Params):
     """Parameters of a loss: what it needs, and the terms it consists of."""
 
     name: str
+    """Which loss; ``loss=NAME`` sets it."""
     schedule: dict[str, Schedule] = Field(default_factory=dict)
-    """Weights, temperatures and other fractions of this loss that change during training, by their key."""
+    """Weights, temperatures and other fractions of this loss that change during training, by their key (the learning
+    rate's schedule is ``train.optimizer.schedule``)."""
 
     @property
     def needs(self) -> frozenset[TeacherNeed]:

@@ -53,6 +53,7 @@ class Perturbation(Params):
     """
 
     kind: Literal["shared", "confidence", "superclass", "class"] = "shared"
+    """What has coefficients of its own: nothing, a group of rows by confidence or by super-class, or each class."""
     coefficients: tuple[tuple[float, ...], ...]
     """(1, M), (groups, M) or (classes, M) by ``kind``; column m-1 multiplies ``(1 - p)^m`` and is at least -1/m."""
     num_classes: int | None = Field(default=None, ge=2)

@@ -150,8 +150,9 @@ class PTLossParams(SoftenedLossParams):
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Softens both sides' probabilities."""
     kd_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """Weight of the distance to the teacher."""
     ce_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """0: no labels are needed."""
+    """Weight of the cross-entropy with the labels; 0: no labels are needed."""
 
     @field_validator("selected")
     @classmethod

@@ -21,6 +21,7 @@ class Schedule(Params):
     end: float = Field(default=1.0, ge=0, le=1)
     """Share of training after which it stays at ``to``."""
     shape: Literal["linear", "cosine"] = "linear"
+    """How it gets there: in a straight line, or by half a cosine, slowly at both ends."""
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:

@@ -48,6 +48,7 @@ class CustomParams(ModelParams):
     """``module:function``; called as ``function(spec, **kwargs)`` with an ``InputSpec``, returns a
     ``torch.nn.Module`` from normalised float32 input (B, *spec.shape) to logits (B, spec.num_classes)."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the function, by name."""
     code: str | None = None
     """Folder that the module is imported from; none: the current one, or an installed package. A run copies the modules
     into its own folder when it begins, and means that from then on."""

@@ -39,14 +39,15 @@ class ModelParams(Params):
     origin: ClassVar[tuple[str, ...]] = ("checkpoint",)  # fields that say where the weights come from
 
     name: str
+    """Which network; ``teacher=NAME`` and ``student=NAME`` set it."""
     checkpoint: str | None = None
     """Weights to start from: a run folder, a folder with ``model.safetensors``, or a file with a state
     dict (``.safetensors``, or ``.pt``/``.pth`` written by ``torch.save``); none: fresh weights."""
     mean: tuple[float, ...] | None = None
-    """Per channel, of pixels in 0..1 (per feature for features); none: what published weights were trained with,
-    else ImageNet's for three channels, else 0.5, and nothing for features."""
+    """Mean per channel, of pixels in 0..1 (per feature for features); none: what published weights were trained
+    with, else ImageNet's for three channels, else 0.5, and nothing for features."""
     std: tuple[float, ...] | None = None
-    """Like ``mean``."""
+    """Standard deviation, otherwise like ``mean``."""
     image_size: tuple[PositiveInt, PositiveInt] | None = None
     """Height and width that images are resized to on the network's device (bilinear, antialiased); none: the data's."""
 
@@ -101,9 +102,9 @@ class PoolParams(Params):
     max: int | None = Field(default=None, ge=1)
     """Actors at most; none: ``min``."""
     num_cpus: float = Field(default=1.0, ge=0)
-    """Of each actor."""
+    """CPUs that each actor holds."""
     num_gpus: float = Field(default=0.0, ge=0)
-    """Of each actor; a fraction shares a GPU."""
+    """GPUs that each actor holds; a fraction shares a GPU."""
     accelerator_type: str | None = None
     """Only on nodes with this accelerator, by Ray's name for it."""
     resources: dict[str, float] = Field(default_factory=dict)
@@ -113,7 +114,7 @@ class PoolParams(Params):
     max_task_retries: int = Field(default=3, ge=0)
     """How often a batch is tried again after its actor died."""
     no_progress_timeout_s: float = Field(default=1800.0, gt=0)
-    """The run fails when the stream stands still for so long; above the longest validation pass."""
+    """Seconds that the stream may stand still before the run fails; above the longest validation pass."""
 
     @model_validator(mode="after")
     def _check_size(self) -> Self:
@@ -128,7 +129,8 @@ class TeacherParams(Params):
     source: Literal["online", "cached", "fill"] = "online"
     """Logits computed while training, read from a cache, or computed once and then read."""
     pool: PoolParams = PoolParams()
+    """The actors that compute its logits."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the forward pass; ``auto``: bf16 on GPU, fp32 on CPU."""
+    """Precision of the forward pass; ``auto``: bf16 on GPU, fp32 on CPU."""
     compile: bool = False
     """``torch.compile`` the network."""

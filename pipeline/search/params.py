@@ -31,9 +31,10 @@ class SearchParams(Params):
     options: dict[str, dict[str, dict[str, Any]]] = Field(default_factory=dict)
     """What the choices of a group in ``space`` begin with; filled in from the files of the group."""
     num_trials: int = Field(default=16, ge=1)
+    """Points that are tried; a grid tries all of its own. With ``resume=``, ``+N`` adds N."""
     time_budget_s: float | None = Field(default=None, gt=0)
-    """After which, in each start of the command, no trial is begun and those that run end at their next evaluation;
-    the best are then confirmed. None: no limit."""
+    """Seconds after which, in each start of the command, no trial is begun and those that run end at their next
+    evaluation; the best are then confirmed. None: no limit."""
     max_concurrent: int | None = Field(default=None, ge=1)
     """Most trials at a time; none: as many as the cluster holds."""
     metric: str = "val/top1"
@@ -41,11 +42,14 @@ class SearchParams(Params):
     mode: Literal["max", "min"] | None = None
     """Which way is better; none: as the metric says."""
     searcher: Literal["random", "grid", "optuna"] = "optuna"
+    """How points are chosen: ``optuna``, a tree-structured Parzen estimator; ``random``; ``grid``, every
+    combination."""
     scheduler: Literal["none", "asha", "median", "pbt"] = "asha"
     """Which trials are stopped early: ``asha``: those below the best third after a ninth and a third of the epochs;
     ``median``: those below the median of the others' averages; ``pbt``: after each ninth of the epochs (at
     least one) the worst quarter, in whose place changed copies of the best go on; ``none``: none."""
     confirm: ConfirmParams = ConfirmParams()
+    """How the best trials are trained again."""
 
     @field_validator("space")
     @classmethod

@@ -22,7 +22,7 @@ class EncodingParams(Params):
     k: int | None = Field(default=None, ge=1)
     """Classes kept of a row; for format=topk, and only there."""
     dtype: Literal["float16", "float32"] = "float16"
-    """Of what is stored. float16: the distance to the row's largest logit, which is kept in float32 beside it."""
+    """Type of what is stored. float16: the distance to the row's largest logit, which is kept in float32 beside it."""
 
     @model_validator(mode="after")
     def _check_k(self) -> Self:

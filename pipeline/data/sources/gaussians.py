@@ -31,14 +31,19 @@ class GaussiansParams(DataParams):
 
     name: Literal["gaussians"] = "gaussians"
     num_train: int = Field(default=5_000, ge=1)
+    """Rows of the train split."""
     num_validation: int = Field(default=5_000, ge=1)
+    """Rows of the validation split."""
     num_test: int = Field(default=90_000, ge=1)
+    """Rows of the test split."""
     num_classes: int = Field(default=3, ge=2)
+    """Gaussians in the mixture, each a class."""
     num_features: int = Field(default=30, ge=1)
+    """Features of a row."""
     scale: float = Field(default=1.0, gt=0)
     """Distance between neighbouring coordinates of the means."""
     variance: float = Field(default=6.0, gt=0)
-    """Of the noise, in each coordinate."""
+    """Variance of the noise, in each coordinate."""
     seed: int = Field(default=0, ge=0)
     """Draws means, classes and noise; not the seed of the run."""
 

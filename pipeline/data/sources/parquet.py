@@ -43,8 +43,11 @@ class FilesParams(Params):
     """Files of each split: names or globs below ``data.path``. Splits that are not named are carved out of train."""
 
     train: str | tuple[str, ...]
+    """Files of the train split."""
     validation: str | tuple[str, ...] | None = None
+    """Files of the validation split; none: its rows are carved out of train."""
     test: str | tuple[str, ...] | None = None
+    """Files of the test split; none: its rows are carved out of train."""
 
     def patterns(self) -> dict[SplitName, tuple[str, ...]]:
         """The patterns of each split that has some."""
