@@ -18,7 +18,7 @@ else
 GPU_PYTHON := $(PYTHON)
 endif
 
-.PHONY: setup demo test test-slow gpu check format lock clean
+.PHONY: setup demo test test-slow gpu check format lock reference clean
 
 setup: $(STAMP)
 
@@ -54,6 +54,9 @@ format: setup
 
 lock:
 	$(BIN)/uv pip compile $(LOCK_OPTIONS) --group dev pyproject.toml -o requirements.lock
+
+reference: setup
+	$(BIN)/python -m pipeline.config.reference > conf/README.md
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

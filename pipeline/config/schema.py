@@ -8,10 +8,11 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import typing
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
-from pydantic import Field, create_model
+from pydantic import BaseModel, Field, create_model
 
 from pipeline.registry import Params, Registry
 
@@ -36,6 +37,7 @@ class RunParams(Params):
     name: str | None = None
     """Name shown in the tracker; none: made of data, networks, loss and seed."""
     seed: int = Field(default=0, ge=0)
+    """Seed of fresh weights, the order of rows, a search's draws, and the augmentation without ``data.view_seed``."""
 
 
 class ClusterParams(Params):
@@ -46,13 +48,15 @@ class ClusterParams(Params):
     num_workers: int = Field(default=1, ge=1)
     """Processes that train the student together."""
     num_cpus_per_worker: float = Field(default=1, gt=0)
+    """CPUs that each worker holds."""
     num_gpus_per_worker: float = Field(default=0, ge=0)
+    """GPUs that each worker holds; a fraction shares one. 0: the worker trains on CPUs."""
     resources_per_worker: dict[str, float] = Field(default_factory=dict)
-    """Custom resources by name."""
+    """Custom resources that each worker holds, by name."""
     address: str | None = None
     """Ray to connect to; none: ``RAY_ADDRESS``, else one started here. ``local`` always starts one."""
     wait_s: float = Field(default=600, ge=0)
-    """Longest wait for resources that the cluster has but others hold."""
+    """Longest wait, in seconds, for resources that the cluster has but others hold."""
     max_failures: int = Field(default=3, ge=0)
     """Restarts of the workers before the run is given up."""
     data_cpus: float | None = Field(default=None, gt=0)
@@ -68,6 +72,7 @@ class TrackingParams(Params):
     uri: str | None = None
     """Tracking server; none: ``mlflow.db`` (SQLite) in the folder that holds the run's folder."""
     experiment: str = Field(default="distillation", min_length=1)
+    """MLflow experiment that the run is logged to; made where there is none."""
     required: bool = True
     """Whether a server that cannot be reached stops the run before it starts."""
 
@@ -154,6 +159,12 @@ def config_class() -> type[Config]:
         "tracking": (TrackingParams, TrackingParams()),
     }
     return create_model("Config", __base__=Config, **fields)
+
+
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The parameter models that a field's type names, at its top level or one below."""
+    options = (annotation, *typing.get_args(annotation))
+    return [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
 
 
 def config_from_dict(raw: Mapping[str, Any]) -> Config:

@@ -7,7 +7,6 @@ import difflib
 import json
 import math
 import re
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from pipeline.config.places import find_uris
 from pipeline.config.rules import Problem, check_rules
-from pipeline.config.schema import Config, config_class, config_from_dict, drop_path, get_path
+from pipeline.config.schema import Config, config_class, config_from_dict, drop_path, get_path, models_in
 from pipeline.errors import ConfigError
 
 # What pydantic calls an error -> what was expected. Anything else falls back on pydantic's own words.
@@ -218,8 +217,7 @@ def _known_paths(model: type[BaseModel], raw: Any, prefix: str = "") -> Iterator
 
 def _nested_model(annotation: Any, value: Any) -> type[BaseModel] | None:
     """The parameter model behind a field; of several, the one that ``value`` names."""
-    options = [annotation, *typing.get_args(annotation)]
-    models = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+    models = models_in(annotation)
     if len(models) > 1:
         name = value.get("name") if isinstance(value, Mapping) else None
         models = [model for model in models if model.model_fields["name"].default == name]
@@ -227,9 +225,4 @@ def _nested_model(annotation: Any, value: Any) -> type[BaseModel] | None:
 
 
 def _members(union: str) -> list[str]:
-    annotation = config_class().model_fields[union].annotation
-    return [
-        member.model_fields["name"].default
-        for member in (*typing.get_args(annotation), annotation)
-        if hasattr(member, "model_fields")
-    ]
+    return [member.model_fields["name"].default for member in models_in(config_class().model_fields[union].annotation)]
