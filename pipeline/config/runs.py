@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any
 
 import yaml
 
@@ -32,7 +32,7 @@ from pipeline.config.stored import (
     write_text,
 )
 from pipeline.config.validate import build_config
-from pipeline.contracts.locks import LOCK, LockedError, hold_lock
+from pipeline.contracts.locks import LOCK, Holding, LockedError, hold_lock
 from pipeline.contracts.own_code import CODE_FOLDER, Code
 from pipeline.errors import RunError
 
@@ -48,7 +48,7 @@ _PATHS = (
 _BEFORE_RUN_JSON = frozenset({LOCK, "config.yaml", "status.json", "provenance.json", CODE_FOLDER})
 
 
-class Run:
+class Run(Holding):
     """A run folder that this process holds; see ``open_run``.
 
     Attributes:
@@ -64,6 +64,7 @@ class Run:
     def __init__(
         self, folder: Path, name: str, command: str, config: Config, lock: IO[str], *, resumed: bool, finished: bool
     ) -> None:
+        super().__init__(lock)
         self.dir = folder
         self.name = name
         self.command = command
@@ -71,17 +72,6 @@ class Run:
         self.config_hash = hash_config(config)
         self.resumed = resumed
         self.finished = finished
-        self._lock = lock
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Lets other processes use the folder."""
-        self._lock.close()
 
     def discard(self) -> None:
         """Takes a run back that was made a moment ago and never began, so that a corrected one can have its folder."""

@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +56,28 @@ def hold_lock(folder: Path, wait_s: float = 0.0) -> IO[str]:
     file.write(f"process {os.getpid()} on {platform.node()}\n")
     file.flush()
     return file
+
+
+class Holding:
+    """A folder that this process alone uses, until it is closed.
+
+    Args:
+        lock: of the folder, see ``hold_lock``; none: where it lies there are none.
+    """
+
+    def __init__(self, lock: IO[str] | None) -> None:
+        self._lock = lock
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets other processes use the folder."""
+        if self._lock is not None:
+            self._lock.close()
 
 
 def _try(file: IO[str]) -> bool:

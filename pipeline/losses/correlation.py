@@ -131,17 +131,14 @@ class _SoftmaxCorrelations(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None]:
         ctx.temperature, ctx.rows, ctx.columns = temperature, rows, columns
         ctx.set_materialize_grads(False)
-        p, q = torch.empty_like(student), torch.empty_like(student)
+        p, q = _soften(student, temperature), _soften(teacher, temperature)
         uniform = 1 / student.shape[1]
         row_sums = student.new_empty((3, len(student)))
-        for part in row_chunks(student):
-            torch.softmax(student[part] / temperature, dim=1, out=p[part])
-            torch.softmax(teacher[part] / temperature, dim=1, out=q[part])
-            if rows:
-                _products(p[part] - uniform, q[part] - uniform, 1, row_sums[:, part])
         rho_rows = rho_columns = None
         saved: list[Tensor] = []
         if rows:
+            for part in row_chunks(student):
+                _products(p[part] - uniform, q[part] - uniform, 1, row_sums[:, part])
             rho_rows, *factors = _correlate(row_sums, floor, additive)
             saved += factors
         if columns:
@@ -203,10 +200,7 @@ class _SoftmaxCorrelationsOnCpu(torch.autograd.Function):
 
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
-        p, q = student.new_empty(student.shape), student.new_empty(student.shape)
-        for part in row_chunks(student):
-            torch.softmax(student[part] / temperature, dim=1, out=p[part])
-            torch.softmax(teacher[part] / temperature, dim=1, out=q[part])
+        p, q = _soften(student, temperature), _soften(teacher, temperature)
         found = cpu.correlate_probabilities(
             p.numpy(), q.numpy(), floor, additive, rows, columns, torch.get_num_threads()
         )
@@ -229,6 +223,14 @@ class _SoftmaxCorrelationsOnCpu(torch.autograd.Function):
         arrays = p.numpy(), q.numpy(), (along * grad).numpy(), means.numpy()
         gradient = cpu.softmax_slopes(*arrays, ctx.temperature, torch.get_num_threads())
         return torch.from_numpy(gradient), None, None, None, None, None, None
+
+
+def _soften(logits: Tensor, temperature: float) -> Tensor:
+    """Softened probabilities (B, C), row by row in memory, by chunks that stay in the cache."""
+    softened = logits.new_empty(logits.shape)
+    for part in row_chunks(logits):
+        torch.softmax(logits[part] / temperature, dim=1, out=softened[part])
+    return softened
 
 
 def _products(a: Tensor, b: Tensor, dim: int, out: Tensor, squared: bool = False) -> None:

@@ -61,6 +61,11 @@ class _ProjectionBlock(_Block):
         return outputs
 
 
+def pooled_head(width: int, num_classes: int) -> tuple[nn.Module, nn.Module, nn.Linear]:
+    """What the networks for CIFAR end in: the mean over the image of ``width`` channels, and a linear layer."""
+    return nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes)
+
+
 class CifarResNetParams(ModelParams):
     """Residual network of ``depth`` layers: three stages of 16, 32 and 64 channels, each half the size of the last.
 
@@ -88,7 +93,7 @@ class CifarResNetParams(ModelParams):
             for block in range(blocks_per_stage):
                 layers.append(self.block(width, channels, stride=2 if stage > 0 and block == 0 else 1))
                 width = channels
-        network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, spec.num_classes))
+        network = nn.Sequential(*layers, *pooled_head(width, spec.num_classes))
         init_convolutions(network, self.fan)
         return network
 

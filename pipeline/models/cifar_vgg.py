@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from pipeline.contracts.columns import InputSpec
-from pipeline.models.cifar_resnet import init_convolutions
+from pipeline.models.cifar_resnet import init_convolutions, pooled_head
 from pipeline.models.params import MODELS, ModelParams
 
 _STAGE_CHANNELS = (64, 128, 256, 512, 512)
@@ -39,13 +39,13 @@ class CifarVGGParams(ModelParams):
             if stage < len(_STAGE_CHANNELS) - 1 and smallest >= _MIN_POOLED_SIZE:
                 layers.append(nn.MaxPool2d(2))
                 smallest //= 2
-        head = nn.Linear(channels, spec.num_classes)
-        network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+        head = pooled_head(channels, spec.num_classes)
+        network = nn.Sequential(*layers, *head)
         init_convolutions(network, "fan_out")
         for module in network.modules():
             if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(head.weight, std=0.01)
+        nn.init.normal_(head[-1].weight, std=0.01)
         return network
 
 

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pipeline.contracts.columns import InputSpec
-from pipeline.models.cifar_resnet import init_convolutions
+from pipeline.models.cifar_resnet import init_convolutions, pooled_head
 from pipeline.models.params import MODELS, ModelParams
 
 _STEM_CHANNELS = 16
@@ -48,10 +48,9 @@ def _build(depth: int, widen_factor: int, spec: InputSpec) -> nn.Module:
         for block in range((depth - 4) // _LAYERS_PER_BLOCK):
             layers.append(_Block(channels, width, stride=2 if stage > 0 and block == 0 else 1))
             channels = width
-    head = nn.Linear(channels, spec.num_classes)
-    nn.init.zeros_(head.bias)
-    layers += [nn.BatchNorm2d(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head]
-    network = nn.Sequential(*layers)
+    head = pooled_head(channels, spec.num_classes)
+    nn.init.zeros_(head[-1].bias)
+    network = nn.Sequential(*layers, nn.BatchNorm2d(channels), nn.ReLU(), *head)
     init_convolutions(network, "fan_out")
     return network
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -17,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.contracts.events import Event
+from pipeline.report.display import Display
 from pipeline.report.state import RunState
 from pipeline.report.tables import MAX_WIDTH, format_number
 
@@ -27,7 +26,7 @@ _REFRESHES_PER_S = 4
 _NOT_IN_LINES = ("train/lr", "train/grad_norm")
 
 
-class LiveView:
+class LiveView(Display[Live]):
     """Shows a run's events as they come.
 
     Args:
@@ -38,43 +37,25 @@ class LiveView:
     """
 
     def __init__(self, title: str, folder: Path, *, with_teacher: bool, console: Console | None = None) -> None:
+        super().__init__(console)
         self._title = title
         self._folder = folder
-        self._console = console or Console(highlight=False)
         self._state = RunState(with_teacher)
         self._lock = threading.Lock()  # the panel is drawn from another thread
-        self._live: Live | None = None
         self._last_step_line: float | None = None
         self._stage_starts: dict[str, float] = {}
         self._wait_lines: dict[str, float] = {}
 
-    def __enter__(self) -> Self:
-        if self._console.is_terminal:
-            self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=_REFRESHES_PER_S)
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Leaves the last panel standing; lines need no closing."""
-        if self._live:
-            self._live.stop()
-            self._live = None
+    def _make_moving(self) -> Live:
+        return Live(console=self._console, get_renderable=self._render, refresh_per_second=_REFRESHES_PER_S)
 
     def show(self, event: Event) -> None:
         """Takes the next event in; may be called from any thread."""
         with self._lock:
             self._state.update(event)
-            line = None if self._live else self._describe(event)
+            line = None if self._moving else self._describe(event)
         if line:
-            self._print(f"{time.strftime('%H:%M:%S', time.localtime(event.time))} {line}")
-
-    def _print(self, line: str) -> None:
-        self._console.print(Text(line), soft_wrap=True)
+            self._print_line(line, event.time)
 
     def _describe(self, event: Event) -> str | None:
         """The line for an event, if it deserves one."""

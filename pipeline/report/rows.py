@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.text import Text
 
+from pipeline.report.display import Display
 from pipeline.report.live import format_duration
 
 _LINE_EVERY_S = 10.0
 
 
-class RowProgress:
+class RowProgress(Display[Progress]):
     """Shows rows done, rows a second and the time left.
 
     Args:
@@ -24,31 +22,17 @@ class RowProgress:
     """
 
     def __init__(self, num_rows: int, console: Console | None = None) -> None:
+        super().__init__(console)
         self._num_rows = num_rows
         self._num_done = 0
-        self._console = console or Console(highlight=False)
-        self._bar: Progress | None = None
         self._started: float | None = None  # when the first rows were done: starting up is no measure of speed
         self._num_started = 0
         self._now = self._last_line = time.monotonic()
 
-    def __enter__(self) -> Self:
-        if self._console.is_terminal:
-            self._bar = Progress(BarColumn(), TextColumn("{task.description}"), console=self._console)
-            self._bar.add_task(self._describe(), total=self._num_rows)
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Leaves the bar standing; lines need no closing."""
-        if self._bar:
-            self._bar.stop()
-            self._bar = None
+    def _make_moving(self) -> Progress:
+        bar = Progress(BarColumn(), TextColumn("{task.description}"), console=self._console)
+        bar.add_task(self._describe(), total=self._num_rows)
+        return bar
 
     @property
     def rows_per_s(self) -> float | None:
@@ -63,11 +47,11 @@ class RowProgress:
         self._num_done += num_rows
         if self._started is None:
             self._started, self._num_started = self._now, self._num_done
-        if self._bar:
-            self._bar.update(self._bar.task_ids[0], completed=self._num_done, description=self._describe())
+        if self._moving:
+            self._moving.update(self._moving.task_ids[0], completed=self._num_done, description=self._describe())
         elif self._now - self._last_line >= _LINE_EVERY_S:
             self._last_line = self._now
-            self._console.print(Text(f"{time.strftime('%H:%M:%S')} {self._describe()}"), soft_wrap=True)
+            self._print_line(self._describe())
 
     def _describe(self) -> str:
         parts = [f"{self._num_done:,} of {self._num_rows:,} rows"]

@@ -19,7 +19,8 @@ from pipeline.training.job import make_planner, open_training
 from pipeline.training.prefetch import prefetch
 from tests.bench.workload import write_checkpoint
 from tests.gpu.registry import Figures, Place, check
-from tests.unit.fits import DATA, SEED, SGD, SOURCE, Recorder, make_spec
+from tests.recorder import Recorder
+from tests.unit.fits import DATA, SEED, SGD, SOURCE, make_spec
 
 _FP32_CLOSE = 0.01  # of the range of the logits: convolutions of a GPU round to TF32
 _BF16_CLOSE = 0.03

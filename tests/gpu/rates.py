@@ -26,7 +26,7 @@ from tests.bench.measure import Series, ratio
 from tests.gpu.networks import image_spec, make_teacher, random_pixels
 from tests.gpu.registry import Figures, Place, check
 from tests.gpu.timing import interleave, seconds_per_call
-from tests.unit.fits import Recorder
+from tests.recorder import Recorder
 
 _HOST = torch.device("cpu")  # of what waits for the device itself
 

@@ -15,7 +15,6 @@ import pyarrow as pa
 
 from pipeline.cluster.stream import StreamPlan, TrainingBlocks, iterate_stream, share
 from pipeline.contracts.columns import InputSpec, SplitName
-from pipeline.contracts.events import Event
 from pipeline.data import (
     AugmentParams,
     BlockPlanner,
@@ -33,19 +32,6 @@ T = TypeVar("T")
 
 SEED = 7
 NUM_CLASSES = 3
-
-
-class Recorder:
-    """Keeps events."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def emit(self, event: Event) -> None:
-        self.events.append(event)
-
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        return [event.data for event in self.events if event.kind == kind]
 
 
 class WideReader(SplitReader):

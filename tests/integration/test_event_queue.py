@@ -14,7 +14,7 @@ import ray
 
 from pipeline.cluster.journal import QueueDrain, QueueEmitter
 from pipeline.contracts.events import Event
-from tests.integration.audit import Recorder
+from tests.recorder import Recorder
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(240)]
 

@@ -29,7 +29,8 @@ from pipeline.training import (
     read_state,
     train,
 )
-from tests.integration.audit import SEED, Recorder, TracedParams, make_stream
+from tests.integration.audit import SEED, TracedParams, make_stream
+from tests.recorder import Recorder
 
 # Up to three fits a test, on a machine that may be busy.
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(900)]

@@ -17,9 +17,9 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from pipeline.cli.main import main
 from pipeline.cluster.preflight import Demand, admitted, check_demand
 from pipeline.cluster.stall import GIVE_UP_AFTER_S, TELL_AFTER_S, StallGuard
-from pipeline.contracts.events import Event
 from pipeline.errors import ResourceError
 from tests.integration.conftest import FAKE_ACCELERATOR, NUM_ACCELERATORS, NUM_CPUS
+from tests.recorder import Recorder
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -139,16 +139,11 @@ def test_two_runs_are_not_placed_at_once() -> None:
 
 
 def test_stream_that_stands_still_is_waited_for_only_while_the_cluster_can_go_on() -> None:
-    told: list[Event] = []
-
-    class Recorder:
-        def emit(self, event: Event) -> None:
-            told.append(event)
-
-    guard = StallGuard(Recorder(), [WORKERS, TEACHERS])
+    recorder = Recorder()
+    guard = StallGuard(recorder, [WORKERS, TEACHERS])
     for waited_s in (1.0, TELL_AFTER_S, TELL_AFTER_S + 5, GIVE_UP_AFTER_S + 5):
         guard(waited_s)
-    assert [event.data["message"] for event in told] == ["no block of the stream has come for 60 s"]
+    assert [data["message"] for data in recorder.of("warning")] == ["no block of the stream has come for 60 s"]
 
     lost = Demand("teacher actor", 1, {"accelerator_of_a_lost_node": 1.0}, "teacher.pool.min")
     guard.demands = (WORKERS, lost)

@@ -23,8 +23,9 @@ from pipeline.data.sources.digits import DigitsParams
 from pipeline.models import Teacher, build_classifier
 from pipeline.models.mlp import MLPParams
 from pipeline.training import InProcessSource, RunPlan, teacher_arguments
-from tests.integration.audit import SEED, Recorder, Stream, WideReader, consume, make_stream
+from tests.integration.audit import SEED, Stream, WideReader, consume, make_stream
 from tests.integration.conftest import FAKE_ACCELERATOR
+from tests.recorder import Recorder
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

@@ -24,9 +24,10 @@ from pipeline.losses.kd import KDParams
 from pipeline.models import Teacher
 from pipeline.models.mlp import MLPParams
 from pipeline.training import InProcessSource, RunSpec, TrainParams, make_plan, teacher_arguments
-from tests.integration.audit import SEED, Recorder, Stream, TracedParams, consume, make_stream
+from tests.integration.audit import SEED, Stream, TracedParams, consume, make_stream
 from tests.integration.conftest import FAKE_ACCELERATOR
 from tests.integration.networks import faulty
+from tests.recorder import Recorder
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 

@@ -36,22 +36,13 @@ from pipeline.training import (
     open_training,
     train,
 )
+from tests.recorder import Recorder
 
 # 179 training rows: 11 blocks of 16 an epoch, and 3 rows left over.
 DATA = DigitsParams(test_fraction=0.8, augment=AugmentParams(crop_padding=1, flip=True))
 SOURCE = DATA.open()
 SEED = 3
 SGD = OptimizerParams(lr=0.05, schedule="constant")
-
-
-class Recorder:
-    """Keeps events."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def emit(self, event: Event) -> None:
-        self.events.append(event)
 
 
 class Tampered:

@@ -27,6 +27,7 @@ from pipeline.evaluation import EvaluationParams
 from pipeline.execution.skipped import SkippedRows
 from pipeline.training import EvaluationSet
 from pipeline.training.context import Worker
+from tests.recorder import Recorder
 
 RGB = np.random.default_rng(0).integers(0, 256, (20, 6, 5, 3), dtype=np.uint8)
 LABELS = np.arange(20) % 3
@@ -208,12 +209,7 @@ def test_metrics_leave_bad_rows_out(damaged: Path, batch_size: int) -> None:
     source = open_parquet(damaged)
     teacher_logits = np.random.default_rng(1).normal(size=(6, 3)).astype(np.float32)
     params = EvaluationParams(batch_size=batch_size)
-    events: list[Event] = []
-
-    class Recorder:
-        def emit(self, event: Event) -> None:
-            events.append(event)
-
+    recorder = Recorder()
     rows = EvaluationSet(
         source.spec,
         source.decoder("validation"),
@@ -221,7 +217,7 @@ def test_metrics_leave_bad_rows_out(damaged: Path, batch_size: int) -> None:
         "validation",
         params,
         teacher_logits,
-        Recorder(),
+        recorder,
     )
     result = rows.evaluate(Flat(), Worker(torch.device("cpu"))).metrics
     good = [0, 1, 3, 4, 5]
@@ -229,7 +225,7 @@ def test_metrics_leave_bad_rows_out(damaged: Path, batch_size: int) -> None:
     assert result["val/num_rows"] == 5
     assert result["val/top1"] == pytest.approx((logits.argmax(1) == LABELS[good]).mean())
     assert result["val/agreement"] == pytest.approx((logits.argmax(1) == teacher_logits[good].argmax(1)).mean())
-    (event,) = events
+    (event,) = recorder.events
     assert list(event.data["bad_rows"]) == ["2"]
     assert event.data["split"] == "validation"
     assert rows.evaluate(Flat(), Worker(torch.device("cpu"))).metrics == result

@@ -30,6 +30,7 @@ from pipeline.training import (
     open_training,
     train,
 )
+from tests.recorder import Recorder
 
 DATA = DigitsParams()
 SOURCE = DATA.open()
@@ -45,14 +46,6 @@ CASES: dict[str, LossParams] = {
     "kd-scheduled": KDParams(schedule={"temperature": {"to": 1.0}, "kd_weight": {"to": 0.5}}),
 }
 Forward = Callable[[np.ndarray], np.ndarray]
-
-
-class Recorder:
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def emit(self, event: Event) -> None:
-        self.events.append(event)
 
 
 @pytest.fixture(autouse=True, scope="module")

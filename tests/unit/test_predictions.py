@@ -17,7 +17,7 @@ from pipeline.data import predictions
 from pipeline.data.pixels.decode import SourceFile
 from pipeline.data.predictions import PredictionWriter, softmax
 from pipeline.errors import PipelineError
-from pipeline.report import rows
+from pipeline.report import display, rows
 from pipeline.report.rows import RowProgress
 
 CLASSES = ("cat", "dog", "fox")
@@ -125,14 +125,18 @@ class Clock:
     def monotonic(self) -> float:
         return self.now
 
-    def strftime(self, _format: str) -> str:
+    def localtime(self, at: float | None) -> None:
+        assert at is None  # now
+
+    def strftime(self, _format: str, _at: None) -> str:
         return "12:00:00"
 
 
 def advance(console: Console, monkeypatch: pytest.MonkeyPatch) -> RowProgress:
     """1,000 rows: 100 after 30 s of starting up, then 100 every 4 s."""
     clock = Clock()
-    monkeypatch.setattr(rows, "time", clock)
+    for module in (rows, display):
+        monkeypatch.setattr(module, "time", clock)
     with RowProgress(1_000, console) as progress:
         assert progress.rows_per_s is None
         clock.now += 30

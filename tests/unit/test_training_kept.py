@@ -25,19 +25,8 @@ from pipeline.training import (
     read_state,
     train,
 )
-from tests.unit.fits import (
-    DATA,
-    NOISY,
-    SGD,
-    SOURCE,
-    Recorder,
-    Stopped,
-    assert_identical,
-    fit,
-    make_spec,
-    source_of,
-    stop_at,
-)
+from tests.recorder import Recorder
+from tests.unit.fits import DATA, NOISY, SGD, SOURCE, Stopped, assert_identical, fit, make_spec, source_of, stop_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,7 +21,8 @@ from pipeline.training import (
     train,
 )
 from pipeline.training.context import process_group
-from tests.unit.fits import SEED, SGD, SOURCE, Recorder, fit, make_spec, source_of
+from tests.recorder import Recorder
+from tests.unit.fits import SEED, SGD, SOURCE, fit, make_spec, source_of
 
 NUM_WORKERS = 2
 PARAMS = TrainParams(epochs=3, batch_size=16, blocks_per_step=NUM_WORKERS, optimizer=SGD)

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any
 
-from pipeline.contracts.locks import LockedError, hold_lock
+from pipeline.contracts.locks import Holding, LockedError, hold_lock
 from pipeline.data.cache.folder import NUM_READERS, TEMPORARY, CacheFolder, open_folder
 from pipeline.data.cache.key import CacheKey
 from pipeline.data.cache.manifest import (
@@ -31,7 +31,7 @@ from pipeline.errors import CacheError
 _log = logging.getLogger(__name__)
 
 
-class CacheBuild:
+class CacheBuild(Holding):
     """A build that this process holds; see ``open_build``.
 
     Attributes:
@@ -44,22 +44,11 @@ class CacheBuild:
     def __init__(
         self, folder: CacheFolder, key: CacheKey, layout: PartLayout, cache: Cache | None, lock: IO[str] | None
     ) -> None:
+        super().__init__(lock)
         self.folder = folder
         self.key = key
         self.layout = layout
         self.cache = cache
-        self._lock = lock
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Lets others build."""
-        if self._lock is not None:
-            self._lock.close()
 
     @property
     def writer(self) -> PartWriter:
