@@ -195,9 +195,12 @@ def test_own_pictures_and_own_network(tmp_path: Path, call: Call) -> None:
         path for path in (tmp_path / "runs" / "mlartifacts").rglob("code") if (path / "own_networks.py").exists()
     ]
     assert {path.name for path in logged.iterdir()} == {"own_layers.py", "own_networks.py", "pipeline"}
+    for name in ("own_networks", "own_layers"):
+        del sys.modules[name]
     (tmp_path / "elsewhere").mkdir()
-    elsewhere = run(tmp_path / "elsewhere", "evaluate", f"run={tmp_path}/runs/student")
+    elsewhere = call(tmp_path / "elsewhere", "evaluate", f"run={tmp_path}/runs/student")
     assert elsewhere.code == 0, elsewhere.err
+    assert sys.modules["own_layers"].__file__ == f"{tmp_path}/runs/student/code/student/own_layers.py"
     evaluated = json.loads(Path(elsewhere.last_line).read_text())["metrics"]
     assert evaluated["test/top1"] == metrics["test/top1"]
 
