@@ -1,4 +1,4 @@
-"""README's table of mistakes, and what a case of it is: how the mistake is made, and what must hold afterwards."""
+"""The tables of README.md beside this, and what a case is: how a mistake is made, and what must hold afterwards."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[3] / "README.md"
+TABLES = Path(__file__).parent / "README.md"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table.
+    """One row of a table.
 
     Attributes:
         mistake: the first cell, by which the case is found.
@@ -34,9 +34,9 @@ class Row:
 
 
 def read_table() -> list[Row]:
-    """The rows of README's section "Mistakes"."""
-    section = README.read_text(encoding="utf-8").split("\n## Mistakes\n")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| (.+?) \| (\d) \| `([^`]+)` \|$", section, flags=re.MULTILINE)
+    """The rows of all tables."""
+    text = TABLES.read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+?) \| (\d) \| `([^`]+)` \|$", text, flags=re.MULTILINE)
     return [Row(mistake, int(exit_code), template) for mistake, exit_code, template in rows]
 
 

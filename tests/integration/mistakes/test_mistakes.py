@@ -1,4 +1,4 @@
-"""Mistakes, each answered as README's table says: in one sentence, with its exit code, before anything is started."""
+"""Mistakes, each answered as the tables say: in one sentence, with its exit code, before anything is started."""
 
 from __future__ import annotations
 
