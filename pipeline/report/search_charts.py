@@ -36,10 +36,14 @@ def importances(study: Study) -> dict[str, float]:
 
 
 def render_charts(title: str, metric: str, study: Study) -> str:
-    """The page; with fewer than two finished trials it says so."""
+    """The page; with fewer than two finished trials, or without plotly's script, it says so."""
     parts = [f"<h1>{html.escape(title)}</h1>"]
     if len(_finished(study)) < 2:
         parts.append("<p>Fewer than two trials have finished: there is nothing to compare yet.</p>")
+    elif not _has_script():
+        parts.append(
+            "<p>No charts: this installation of plotly lacks its script (plotly.min.js); install it whole.</p>"
+        )
     else:
         for index, (heading, note, figure) in enumerate(_figures(study, metric)):
             figure.update_layout(title=None, template="plotly_white", height=_HEIGHT)
@@ -50,6 +54,15 @@ def render_charts(title: str, metric: str, study: Study) -> str:
     )
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>'
     return f"<!DOCTYPE html><html><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+
+
+def _has_script() -> bool:
+    from plotly.offline import get_plotlyjs
+
+    try:
+        return bool(get_plotlyjs())
+    except FileNotFoundError:  # an installation that was made smaller
+        return False
 
 
 def _finished(study: Study) -> list[Any]:

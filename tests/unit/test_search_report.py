@@ -197,6 +197,17 @@ def test_charts_are_a_page_that_needs_no_network(count: int, branched: bool) -> 
         assert len(page) < 8_000_000
 
 
+def test_without_plotlys_script_the_page_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> str:
+        raise FileNotFoundError("plotly.min.js")
+
+    monkeypatch.setattr("plotly.offline.get_plotlyjs", missing)
+    study, _ = make_study(SPACE, plain_trials(4), "max")
+    page = render_charts("a search", "val/top1", study)
+    assert "No charts: this installation of plotly lacks its script" in page
+    assert "<script" not in page
+
+
 def test_charts_of_trials_that_were_stopped_or_failed() -> None:
     past = [
         *plain_trials(8),
