@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import json
@@ -66,6 +67,7 @@ def start_ray(device: str, log: Path) -> contextlib.ExitStack:
 
     stack = contextlib.ExitStack()
     stack.enter_context(own_ray(_NUM_CPUS, log, None if device == "cuda" else {_FAKE: 1}))
+    atexit.register(stack.close)  # before Ray's own, which leaves what does not end by itself
     return stack
 
 
