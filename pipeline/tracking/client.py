@@ -176,6 +176,8 @@ class Tracker:
 
     def _connect(self) -> Connection:
         connection = Connection(self._uri, self._run_dir)
+        # With the key by which whoever comes next finds the run, if it is created now and nothing more is heard of it.
+        self._progress.save(self._run_dir)
         self._store(connection.open_run(self._info, self._progress))
         self._warnings = [
             format_warning(event)

@@ -211,6 +211,25 @@ def test_run_whose_id_was_never_stored_is_found_again(uri: str, run_dir: Path) -
     assert second.run_id == first.run_id
 
 
+def test_server_lost_just_after_it_created_the_run_has_no_second_one(
+    uri: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(*_: Any) -> None:
+        raise ConnectionError("the server is gone")
+
+    Journal(run_dir / "events.jsonl").emit(step_event(10))
+    with monkeypatch.context() as patched:
+        patched.setattr(Connection, "_complete_params", lose)
+        tracker = open_tracker(uri, run_dir)
+        assert not tracker.close(5.0)
+        assert "the server is gone" in str(tracker.problem)
+    tracker = send(uri, run_dir)
+    client = mlflow_client(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("an experiment").experiment_id])
+    assert run.info.run_id == tracker.run_id
+    assert run.data.tags["command"] == "distill"
+
+
 @pytest.mark.parametrize("how", ["deleted on the server", "another server"])
 def test_whole_record_goes_to_a_new_run_where_there_is_none(
     how: str, uri: str, run_dir: Path, empty_database: Path
