@@ -19,7 +19,7 @@ class StallGuard:
     in a collective operation with it.
 
     Args:
-        emitter: is told of a long wait, once.
+        emitter: is told of every long wait, once.
 
     Attributes:
         demands: what the stream that is waited for needs of the cluster.
@@ -32,7 +32,9 @@ class StallGuard:
 
     def __call__(self, waited_s: float) -> None:
         """Raises ResourceError once the wait is long and the cluster lacks what the stream needs."""
-        if waited_s >= TELL_AFTER_S and not self._told and self._emitter is not None:
+        if waited_s < TELL_AFTER_S:  # another wait than the one that was told
+            self._told = False
+        elif not self._told and self._emitter is not None:
             self._told = True
             self._emitter.emit(Event("warning", {"message": f"no block of the stream has come for {waited_s:.0f} s"}))
         if waited_s < GIVE_UP_AFTER_S:

@@ -141,9 +141,11 @@ def test_two_runs_are_not_placed_at_once() -> None:
 def test_stream_that_stands_still_is_waited_for_only_while_the_cluster_can_go_on() -> None:
     recorder = Recorder()
     guard = StallGuard(recorder, [WORKERS, TEACHERS])
-    for waited_s in (1.0, TELL_AFTER_S, TELL_AFTER_S + 5, GIVE_UP_AFTER_S + 5):
+    for waited_s in (1.0, TELL_AFTER_S, TELL_AFTER_S + 5, GIVE_UP_AFTER_S + 5, 5.0, TELL_AFTER_S + 1):
         guard(waited_s)
-    assert [data["message"] for data in recorder.of("warning")] == ["no block of the stream has come for 60 s"]
+    assert [data["message"] for data in recorder.of("warning")] == [
+        f"no block of the stream has come for {waited_s} s" for waited_s in (60, 61)
+    ]
 
     lost = Demand("teacher actor", 1, {"accelerator_of_a_lost_node": 1.0}, "teacher.pool.min")
     guard.demands = (WORKERS, lost)
